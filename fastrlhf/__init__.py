@@ -1,0 +1,45 @@
+"""RLHF for one memory-constrained GPU, or none.
+
+from fastrlhf import PPOConfig, PPOTrainer
+
+trainer = PPOTrainer("smollm2-135m", reward_funcs="sentiment", args=PPOConfig())
+summary = trainer.train()
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .backbone import SharedBackbone
+    from .config import PPOConfig, load_config
+    from .errors import SelfCheckError, UserError
+    from .trainer import PPOTrainer, Summary
+
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "SelfCheckError",
+    "SharedBackbone",
+    "Summary",
+    "UserError",
+    "load_config",
+]
+__version__ = version("fastrlhf")
+
+HOMES = {
+    "PPOConfig": "config",
+    "PPOTrainer": "trainer",
+    "SelfCheckError": "errors",
+    "SharedBackbone": "backbone",
+    "Summary": "trainer",
+    "UserError": "errors",
+    "load_config": "config",
+}
+
+
+def __getattr__(name: str):
+    # Torch and transformers take seconds to import; a typo on the command line should not.
+    if name in HOMES:
+        return getattr(import_module(f".{HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""The command line: `fastrlhf ppo --config sentiment key=value`.
+
+Every setting of `PPOConfig` is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
+Results go to standard output, everything else to standard error; a bad input is one sentence there
+and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import SelfCheckError, UserError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(
+        prog="fastrlhf", description="RLHF for one memory-constrained GPU, or none."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    ppo = verbs.add_parser(
+        "ppo",
+        help="train a language model with PPO",
+        description="Train a language model with PPO. Prints the summary as one line of JSON.",
+        epilog="Every setting may be given as --key value or key=value; "
+        "their meanings are in fastrlhf/config.py.",
+        allow_abbrev=False,
+    )
+    ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+    arguments, rest = parser.parse_known_args(argv)
+    warnings.showwarning = show_warning
+    # What follows is for the authors of the packages that we build on, not for who trains.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        return train_ppo(arguments.config, overrides(rest), started)
+    except (UserError, SelfCheckError) as error:
+        print(f"fastrlhf: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Settings given as `key=value`, `--key=value` or `--key value`."""
+    pairs = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise UserError(f"{word!r} is not a setting; write key=value or --key value")
+            if not left:
+                raise UserError(f"{word} needs a value")
+            value = left.pop(0)
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
+    from .config import load_config
+
+    config = load_config(recipe, settings)
+    # Imported when the settings are known to be good: torch and transformers take seconds.
+    from .trainer import PPOTrainer
+
+    name = Path(recipe).stem if recipe else "ppo"
+    summary = PPOTrainer(args=config, name=name, started=started).train()
+    from dataclasses import asdict
+
+    print(json.dumps(asdict(summary)))
+    return 0
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Our own warnings are for the user to read; where in the code they arise is not."""
+    print(f"fastrlhf: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

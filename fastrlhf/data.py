@@ -1,0 +1,270 @@
+"""Prompts: where they come from, how they are checked, tokenised and dealt out.
+
+`movie-reviews` is the openings of the movie-review snippets that Hutto and Gilbert published with
+VADER (ICWSM 2014). The texts belong to their authors, so they are fetched (from the source package
+of vaderSentiment on PyPI), never shipped. `openings` ships: a small set of our own, for machines
+that cannot fetch. A path names a JSON Lines file with a `prompt` (text or chat messages) on every
+line; its other fields reach the reward function.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .pretrained import cache_dir
+from .types import Prompts
+
+__all__ = ["PromptSet", "fetch_movie_reviews", "load_rows"]
+
+OPENINGS = Path(__file__).parent / "recipes" / "openings.jsonl"
+SDIST = "vaderSentiment==3.3.2"
+INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+OPENING_WORDS = 5
+SHORTEST_SNIPPET = 12
+
+
+def load_rows(dataset: str | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a data set, each a mapping with at least a `prompt`.
+
+    Args:
+        dataset: `movie-reviews`, `openings`, the path of a JSON Lines file, or rows
+            (a `datasets.Dataset` or a list of dicts).
+
+    Raises:
+        UserError: a file that is missing, empty or malformed (with the line's number).
+    """
+    if not isinstance(dataset, str):
+        return check_rows(dataset, "the data set", "row")
+    if dataset == "movie-reviews":
+        return movie_reviews()
+    path = OPENINGS if dataset == "openings" else Path(dataset)
+    if not path.is_file():
+        raise UserError(
+            f"no data set {dataset!r}: give movie-reviews, openings, or the path of a .jsonl file"
+        )
+    return check_rows(read_json_lines(path), str(path), "line")
+
+
+def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 JSON Lines") from error
+    if lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error.msg}); each line must be like "
+                '{"prompt": "The film"}'
+            ) from error
+
+
+def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list[Mapping[str, Any]]:
+    checked = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(f'{where}, {unit} {number}: must be an object like {{"prompt": "…"}}')
+        if "prompt" not in row:
+            columns = ", ".join(sorted(map(str, row))) or "none"
+            raise UserError(f"{where}, {unit} {number}: no 'prompt' (its columns: {columns})")
+        if not is_prompt(row["prompt"]):
+            raise UserError(
+                f"{where}, {unit} {number}: 'prompt' must be text that is not empty, or a list of "
+                "messages with 'role' and 'content'"
+            )
+        checked.append(row)
+    if not checked:
+        raise UserError(f'{where} is empty; give at least one {unit} like {{"prompt": "The film"}}')
+    return checked
+
+
+def is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+    )
+
+
+def movie_reviews() -> list[Mapping[str, Any]]:
+    """Openings of movie reviews; our own shipped openings where they cannot be fetched."""
+    try:
+        path = fetch_movie_reviews()
+    except UserError as error:
+        warnings.warn(f"{error}; training on the shipped openings instead", stacklevel=2)
+        path = OPENINGS
+    return check_rows(read_json_lines(path), str(path), "line")
+
+
+def fetch_movie_reviews() -> Path:
+    """Fetch the movie-review snippets once and write their distinct openings to the user's cache.
+
+    Raises:
+        UserError: pip could not download the source package.
+    """
+    target = cache_dir() / "movie-reviews.jsonl"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".movie-reviews-") as temporary:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            "vaderSentiment",
+            "--dest",
+            temporary,
+            SDIST,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        archives = list(Path(temporary).glob("*.tar.gz"))
+        if done.returncode or not archives:
+            last = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+            raise UserError(f"the movie reviews cannot be fetched with pip ({last[0]})")
+        made = Path(temporary) / target.name
+        with made.open("w", encoding="utf-8") as file:
+            for opening in openings(read_snippets(archives[0])):
+                file.write(json.dumps({"prompt": opening}, ensure_ascii=False) + "\n")
+        made.rename(target)
+    return target
+
+
+def read_snippets(sdist: Path) -> list[str]:
+    """The snippets' texts, in the order of the published file (id, rating, text; tab-separated)."""
+    with tarfile.open(sdist) as outer:
+        name = next(n for n in outer.getnames() if n.endswith(INNER_ARCHIVE))
+        inner_file = outer.extractfile(name)
+        assert inner_file is not None
+        with tarfile.open(fileobj=io.BytesIO(inner_file.read())) as inner:
+            snippets = inner.extractfile(SNIPPETS)
+            assert snippets is not None
+            lines = snippets.read().decode("utf-8").splitlines()
+    return [line.split("\t", 2)[2] for line in lines if line.count("\t") >= 2]
+
+
+def openings(snippets: Iterable[str]) -> Iterator[str]:
+    """The first words of each snippet that goes on after them, each opening once."""
+    seen = set()
+    for snippet in snippets:
+        words = snippet.split()
+        opening = " ".join(words[:OPENING_WORDS])
+        if len(words) >= SHORTEST_SNIPPET and opening.lower() not in seen:
+            seen.add(opening.lower())
+            yield opening
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Tokenised prompts that batches are drawn from."""
+
+    rows: Sequence[Mapping[str, Any]]
+    texts: Sequence[str]
+    tokens: Sequence[Sequence[int]]
+    pad_token_id: int
+
+    @classmethod
+    def tokenize(
+        cls,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        context: int,
+        response_length: int,
+    ) -> PromptSet:
+        """Tokenise ``rows``; chat messages go through the tokenizer's template.
+
+        Raises:
+            UserError: a prompt with a response of ``response_length`` would not fit ``context``.
+        """
+        texts, tokens = [], []
+        for number, row in enumerate(rows, start=1):
+            prompt = row["prompt"]
+            if not isinstance(prompt, str):
+                prompt = tokenizer.apply_chat_template(
+                    prompt, tokenize=False, add_generation_prompt=True
+                )
+            ids = tokenizer(prompt)["input_ids"]
+            if len(ids) + response_length > context:
+                raise UserError(
+                    f"prompt {number} has {len(ids)} tokens, which with response_length "
+                    f"{response_length} exceeds the model's context of {context}; shorten it or "
+                    "lower response_length"
+                )
+            texts.append(prompt)
+            tokens.append(ids)
+        return cls(rows, texts, tokens, tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self, held_out: int, seed: int) -> tuple[PromptSet, PromptSet]:
+        """Training prompts and ``held_out`` others, drawn by ``seed``; no text is in both."""
+        if len(set(self.texts)) <= held_out:
+            raise UserError(
+                f"{len(set(self.texts))} different prompts are too few to hold out {held_out}; "
+                "give more prompts or lower eval_prompts"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        held: dict[str, int] = {}
+        for i in order:
+            if len(held) == held_out:
+                break
+            held.setdefault(self.texts[i], i)
+        return (
+            self.take([i for i in order if self.texts[i] not in held]),
+            self.take(list(held.values())),
+        )
+
+    def take(self, indices: Sequence[int]) -> PromptSet:
+        """The prompts at ``indices``, in that order."""
+        return PromptSet(
+            [self.rows[i] for i in indices],
+            [self.texts[i] for i in indices],
+            [self.tokens[i] for i in indices],
+            self.pad_token_id,
+        )
+
+    def batch(self, device: torch.device | str = "cpu") -> Prompts:
+        """All prompts as one left-padded batch."""
+        longest = max(map(len, self.tokens))
+        tokens = torch.full((len(self), longest), self.pad_token_id)
+        mask = torch.zeros(len(self), longest, dtype=torch.bool)
+        for row, ids in enumerate(self.tokens):
+            tokens[row, longest - len(ids) :] = torch.tensor(ids)
+            mask[row, longest - len(ids) :] = True
+        columns = [{k: v for k, v in row.items() if k != "prompt"} for row in self.rows]
+        return Prompts(self.texts, tokens.to(device), mask.to(device), columns)
+
+    def batches(self, batch_size: int, count: int, seed: int) -> Iterator[PromptSet]:
+        """Deal ``count`` batches, every prompt once before any comes twice."""
+        generator = torch.Generator().manual_seed(seed)
+        deck: Tensor = torch.empty(0, dtype=torch.long)
+        for _ in range(count):
+            while len(deck) < batch_size:
+                deck = torch.cat([deck, torch.randperm(len(self), generator=generator)])
+            yield self.take(deck[:batch_size].tolist())
+            deck = deck[batch_size:]

@@ -1,0 +1,69 @@
+"""Scores on held-out prompts: the same prompts and the same seeds before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .backbone import SharedBackbone
+from .config import PPOConfig
+from .data import PromptSet
+from .experience import microbatches, score
+from .rewards.functions import RewardScorer
+from .rollout.decode import DecodeEngine
+from .types import Experience, Rollout
+
+__all__ = ["Evaluation", "distinct_bigrams", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the policy does on held-out prompts."""
+
+    score: float  # mean over completions
+    kl: float  # exact, nats a sequence, mean over sequences
+    entropy: float  # nats a token, mean over sampled tokens
+    distinct_2: float  # distinct word bigrams over word bigrams, in all completions
+    scores: Sequence[float]
+    prompts: Sequence[str]
+    completions: Sequence[str]
+
+
+def evaluate(
+    engine: DecodeEngine,
+    backbone: SharedBackbone,
+    reward: RewardScorer,
+    held_out: PromptSet,
+    config: PPOConfig,
+) -> Evaluation:
+    """Sample one completion a prompt with the run's seed and judge them."""
+    prompts = held_out.batch(backbone.device)
+    # Seeds of training batches are not these: no evaluation draw is a training draw.
+    generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
+    rollout = engine.generate(prompts, generator)
+    scores = reward(rollout)
+    experience = score_all(backbone, rollout, config)
+    mask = experience.response_mask
+    return Evaluation(
+        score=float(scores[~scores.isnan()].mean()),
+        kl=float((experience.kl * mask).sum(-1).mean()),
+        entropy=float(experience.entropy[mask].mean()),
+        distinct_2=distinct_bigrams(rollout.completions),
+        scores=scores.tolist(),
+        prompts=prompts.texts,
+        completions=rollout.completions,
+    )
+
+
+def score_all(backbone: SharedBackbone, rollout: Rollout, config: PPOConfig) -> Experience:
+    batch, length = rollout.tokens.shape
+    parts = microbatches(torch.arange(batch), length, config.microbatch_tokens)
+    return score(backbone, rollout, parts, config)
+
+
+def distinct_bigrams(texts: Sequence[str]) -> float:
+    """Distinct word bigrams over word bigrams in all ``texts`` (Li et al. 2016); 0 without any."""
+    bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -1,0 +1,59 @@
+"""What sits on the final hidden states: the language-model head and the value head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LanguageModelHead", "ValueHead"]
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """The model's output layer in the form in which the fused ops take it. It stays frozen."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LanguageModelHead:
+        """The head of a transformers model, with the scale and cap that its config declares."""
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        config = model.config
+        scale = getattr(config, "logit_scale", None)
+        if scale is None:
+            # Granite divides where Cohere multiplies.
+            scaling = getattr(config, "logits_scaling", None)
+            scale = 1.0 if scaling is None else 1.0 / scaling
+        softcap = getattr(config, "final_logit_softcapping", None)
+        bias = getattr(output, "bias", None)
+        return cls(output.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of a few rows, for sampling: [B, D] -> [B, V] float32."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+class ValueHead(nn.Module):
+    """A linear map from hidden states to values, in float32, that starts at zero.
+
+    Shapes: [..., D] -> [...].
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden.float()).squeeze(-1)

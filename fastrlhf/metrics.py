@@ -1,0 +1,114 @@
+"""What a run leaves behind: its folder, its metrics line by line, the time of its phases."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+__all__ = ["PhaseTimer", "RunFolder", "peak_memory_mb"]
+
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """A folder that belongs to one run.
+
+    Holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and plots.
+
+    Args:
+        path: a folder that holds no run yet, or None for the first free `runs/<name>`, numbered.
+
+    Raises:
+        UserError: ``path`` already holds a run, or cannot be written.
+    """
+
+    def __init__(self, path: str | None, name: str):
+        if path is None:
+            self.path = free_folder(Path("runs"), name)
+        else:
+            self.path = Path(path)
+            if (self.path / METRICS).exists():
+                raise UserError(
+                    f"{self.path} already holds a run; give another output_dir or remove it"
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / METRICS).touch()
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {self.path} cannot be written ({error.strerror}); "
+                "give another output_dir"
+            ) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line of JSON to the file ``name``; a crash later leaves it whole."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        self.append(METRICS, record)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every step so far."""
+        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    number = 1
+    while (parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return parent / (name if number == 1 else f"{name}-{number}")
+
+
+class PhaseTimer:
+    """Seconds spent in each phase, in this step and in the whole run.
+
+    Args:
+        started: called with a phase's name when it begins, to show it.
+    """
+
+    def __init__(self, started: Callable[[str], None] = lambda phase: None):
+        self.started = started
+        self.total: dict[str, float] = defaultdict(float)
+        self.step: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.started(phase)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self.total[phase] += seconds
+            self.step[phase] += seconds
+
+    def take_step(self) -> dict[str, float]:
+        """This step's seconds by phase, as metrics; the next step starts at zero."""
+        taken = {f"time/{phase}": seconds for phase, seconds in self.step.items()}
+        self.step.clear()
+        return taken
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had resident, in MiB (VmHWM)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    # macOS counts bytes; other systems without /proc count KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if peak > 2**32 else peak / 2**10

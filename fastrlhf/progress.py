@@ -1,0 +1,101 @@
+"""What a person watches: a bar with the phase and its time; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from .evaluation import Evaluation
+
+__all__ = ["Display"]
+
+
+class PhaseColumn(ProgressColumn):
+    """The phase that runs now and for how long it has."""
+
+    max_refresh = 0.1
+
+    def render(self, task: Task) -> Text:
+        phase = task.fields["phase"]
+        if not phase:
+            return Text("")
+        return Text(f"{phase:<8} {time.perf_counter() - task.fields['begun']:5.1f}s", style="cyan")
+
+
+class Display:
+    """Shows a run on standard error, so that standard output carries results alone."""
+
+    def __init__(self, steps: int):
+        self.console = Console(stderr=True, highlight=False)
+        self.steps = steps
+        self.begun = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            PhaseColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps, phase="", begun=0.0, figures="")
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+        self.progress.update(self.task, phase=name, begun=time.perf_counter())
+
+    def step(self, number: int, line: Mapping[str, Any]) -> None:
+        """A step has ended with the metrics ``line``."""
+        figures = (
+            f"score {line['objective/scores']:+.3f} · KL {line['objective/kl']:.2f} · "
+            f"entropy {line['objective/entropy']:.2f} · clipped {line['policy/clipfrac']:.1%}"
+        )
+        self.progress.update(self.task, completed=number, figures=figures)
+        if not self.console.is_terminal:
+            times = " ".join(
+                f"{key.removeprefix('time/')} {value:.1f}s"
+                for key, value in line.items()
+                if key.startswith("time/")
+            )
+            elapsed = time.perf_counter() - self.begun
+            print(
+                f"step {number}/{self.steps} · {figures} · {times} · {elapsed:.0f}s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def samples(self, title: str, evaluation: Evaluation, count: int) -> None:
+        """Print the first ``count`` completions of an evaluation with their scores."""
+        self.say(f"\n{title}: score {evaluation.score:+.3f}, entropy {evaluation.entropy:.2f}")
+        shown: Sequence[tuple[float, str, str]] = list(
+            zip(evaluation.scores, evaluation.prompts, evaluation.completions, strict=True)
+        )[:count]
+        for score, prompt, completion in shown:
+            self.say(f"  {score:+.2f}  {prompt} |{' '.join(completion.split())}")

@@ -1,0 +1,334 @@
+"""PPO as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.train`.
+
+Deviations from Schulman et al. 2017 and from TRL's PPO, explained in docs/math.md:
+
+1. The KL to the reference is exact, split between the next token's reward and the loss.
+2. Policy, reference and critic are one backbone; its frozen layers run once a rollout.
+3. The first epoch's microbatches are those that scoring used: its first ratios are exactly 1.
+4. Advantages are whitened over the whole rollout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
+
+from .advantages import explained_variance
+from .algorithms import ALGORITHMS
+from .backbone import LoraSettings, SharedBackbone
+from .checkpoint import save_weights
+from .config import PPOConfig
+from .data import PromptSet, load_rows
+from .errors import SelfCheckError, UserError
+from .evaluation import Evaluation, evaluate
+from .experience import microbatches, score
+from .losses import MicrobatchLoss, microbatch_loss
+from .metrics import PhaseTimer, RunFolder, peak_memory_mb
+from .optim import make_optimizer, make_schedule
+from .plot import can_plot, plot_run
+from .progress import Display
+from .rewards.functions import RewardFunction, RewardScorer, load_reward
+from .rewards.shaping import eos_penalty
+from .rollout.decode import DecodeEngine
+from .selfcheck import check_experience, check_first_minibatch
+from .types import Experience, Rollout
+
+__all__ = ["PPOTrainer", "Summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. Scores, KL, entropy and distinct_2 are on the held-out prompts."""
+
+    score_before: float
+    score_after: float
+    kl: float  # exact, nats a sequence, mean over sequences
+    entropy: float  # nats a token
+    distinct_2: float  # distinct word bigrams over word bigrams
+    steps: int  # rollouts trained on
+    seconds: float
+    peak_memory_mb: float  # VmHWM of the process, MiB
+    phase_seconds: dict[str, float]
+
+
+class PPOTrainer:
+    """Trains a language model with PPO.
+
+    Args:
+        model: a name or path for `load_pretrained`, or a backbone made before.
+        reward_funcs: a reward function, or its name (see `rewards.functions`).
+        args: the settings. Its `model`, `dataset` and `reward` stand in for arguments left out.
+        train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
+        eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
+        processing_class: the tokenizer; needed when `model` is a backbone.
+        name: of the run, for its folder and plot.
+        started: `time.perf_counter()` at the process's start, to count its seconds from.
+
+    Raises:
+        UserError: whatever can be known to fail before training, the reward function called once.
+    """
+
+    def __init__(
+        self,
+        model: str | SharedBackbone | None = None,
+        reward_funcs: str | RewardFunction | None = None,
+        args: PPOConfig | None = None,
+        train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        processing_class: Any = None,
+        *,
+        name: str = "ppo",
+        started: float | None = None,
+    ):
+        self.started = time.perf_counter() if started is None else started
+        self.config = config = args or PPOConfig()
+        self.algorithm = ALGORITHMS["ppo"]
+        self.name = name
+        self.display = Display(config.steps)
+        self.timer = PhaseTimer(self.display.phase)
+        with self.timer("load"):
+            rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
+            eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
+            reward = reward_funcs if reward_funcs is not None else config.reward
+            self.reward = RewardScorer(load_reward(reward) if isinstance(reward, str) else reward)
+            self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
+            self.backbone, tokenizer = self.load(model or config.model, processing_class)
+            self.train_prompts, self.held_out = self.prompts(rows, eval_rows, tokenizer)
+        self.engine = DecodeEngine(
+            self.backbone,
+            tokenizer,
+            response_length=config.response_length,
+            temperature=config.temperature,
+            stops=config.stop_token == "eos",
+        )
+        self.optimizer = make_optimizer(self.backbone.trainable(), config)
+        self.schedule = make_schedule(self.optimizer, config)
+        self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
+        self.shuffler = torch.Generator().manual_seed(config.seed)
+
+    def load(self, model: str | SharedBackbone, tokenizer: Any) -> tuple[SharedBackbone, Any]:
+        if isinstance(model, SharedBackbone):
+            if tokenizer is None:
+                raise UserError("a backbone needs its tokenizer; pass processing_class")
+            return model, tokenizer
+        config = self.config
+        # Adapters are drawn at random: the same seed gives the same run.
+        torch.manual_seed(config.seed)
+        backbone, loaded = SharedBackbone.from_pretrained(
+            model,
+            dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            trust_remote_code=config.trust_remote_code,
+            lora=LoraSettings(config.lora_rank, config.lora_alpha),
+            train_layers=config.train_layers,
+            critic=config.critic,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        return backbone, tokenizer if tokenizer is not None else loaded
+
+    def prompts(self, rows, eval_rows, tokenizer) -> tuple[PromptSet, PromptSet]:
+        limits = {
+            "context": self.backbone.context,
+            "response_length": self.config.response_length,
+        }
+        train = PromptSet.tokenize(rows, tokenizer, **limits)
+        if eval_rows is not None:
+            return train, PromptSet.tokenize(eval_rows, tokenizer, **limits)
+        return train.split(self.config.eval_prompts, self.config.seed)
+
+    def train(self) -> Summary:
+        """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
+        config = self.config
+        self.folder = RunFolder(config.output_dir, self.name)
+        self.folder.write_text("config.yaml", config.to_yaml())
+        with self.display:
+            before = self.evaluate("before training", step=0)
+            for number, prompts in enumerate(self.batches(), start=1):
+                with self.timer("rollout"):
+                    rollout = self.engine.generate(prompts, self.generator)
+                    scores = self.reward(rollout)
+                    scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
+                with self.timer("score"), self.audited():
+                    minibatches = self.deal(rollout)
+                    experience = score(self.backbone, rollout, chain(*minibatches), config)
+                    experience, scores = leave_out_unjudged(experience, scores)
+                    learnt = self.algorithm.advantages(scores, experience, config)
+                    experience = experience.with_advantages(learnt.advantages, learnt.returns)
+                    spec = self.algorithm.spec(config, float(learnt.scale))
+                    checks = self.check(experience, rollout, untrained=number == 1)
+                with self.timer("update"), self.audited():
+                    losses = []
+                    for epoch in range(config.num_ppo_epochs):
+                        for minibatch in minibatches if epoch == 0 else self.deal(rollout):
+                            losses.append(self.update(experience, minibatch, spec))
+                    checks |= check_first_minibatch(losses[0].policy.stats, self.dtype)
+                line = self.metrics(number, rollout, scores, experience, losses) | checks
+                self.folder.write_metrics(line)
+                self.display.step(number, line)
+            save_weights(self.backbone, self.folder.path / "checkpoints" / "final")
+            after = self.evaluate("after training", step=config.steps)
+        return self.finish(before, after)
+
+    def update(
+        self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec
+    ) -> MicrobatchLoss:
+        """One optimizer step on ``minibatch`` (rows of its microbatches); its summed losses."""
+        num_items = int(experience.response_mask[torch.cat(minibatch)].sum())
+        parts = []
+        for rows in minibatch:
+            part = microbatch_loss(
+                self.backbone, experience.select(rows), spec, self.config, num_items
+            )
+            part.loss.backward()
+            parts.append(detached(part))
+        parameters = self.backbone.trainable()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not norm.isfinite():
+            raise SelfCheckError(
+                "the gradient is not finite; lower learning_rate, or train without bf16"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return added(parts)
+
+    def batches(self) -> Iterator[Any]:
+        config = self.config
+        for batch in self.train_prompts.batches(config.batch_size, config.steps, config.seed):
+            yield batch.batch(self.backbone.device)
+
+    def deal(self, rollout: Rollout) -> list[list[Tensor]]:
+        """Shuffle the batch into minibatches, and each into microbatches by token budget."""
+        batch, length = rollout.tokens.shape
+        order = torch.randperm(batch, generator=self.shuffler)
+        minibatches = order.chunk(self.config.num_mini_batches)
+        return [microbatches(m, length, self.config.microbatch_tokens) for m in minibatches]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.head.weight.dtype
+
+    def check(self, experience: Experience, rollout: Rollout, untrained: bool) -> dict[str, float]:
+        return check_experience(experience, rollout, untrained=untrained, dtype=self.dtype)
+
+    def audited(self) -> AbstractContextManager:
+        """Under `audit`, refuse vocab-sized tensors beyond the head's workspace."""
+        if not self.config.audit:
+            return nullcontext()
+        return forbid_vocab_tensors(
+            self.config.workspace_mb * 2**20,
+            vocab_sizes={self.backbone.head.weight.shape[0]},
+            exempt=self.backbone.parameters(),
+        )
+
+    def evaluate(self, when: str, step: int) -> Evaluation:
+        with self.timer("evaluate"):
+            result = evaluate(self.engine, self.backbone, self.reward, self.held_out, self.config)
+        self.timer.take_step()
+        for sample in zip(result.prompts, result.completions, result.scores, strict=True):
+            record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
+            self.folder.append("samples.jsonl", {"step": step} | record)
+        self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
+        return result
+
+    def metrics(
+        self,
+        number: int,
+        rollout: Rollout,
+        scores: Tensor,
+        experience: Experience,
+        losses: list[MicrobatchLoss],
+    ) -> dict[str, Any]:
+        """The line of metrics.jsonl for a step; names as in docs/math.md, section 5.15."""
+        mask = experience.response_mask
+        kl = float((experience.kl * mask).sum(-1).mean())
+
+        def mean(values: Iterable[Tensor]) -> float:
+            return float(torch.stack(list(values)).mean())
+
+        policy = [loss.policy.stats for loss in losses]
+        return {
+            "step": number,
+            "episode": number * self.config.batch_size,
+            "objective/scores": float(scores.mean()),
+            "objective/kl": kl,
+            "objective/entropy": float(experience.entropy[mask].mean()),
+            "objective/non_score_reward": -self.config.kl_coef * kl,
+            "objective/rlhf_reward": float(scores.mean()) - self.config.kl_coef * kl,
+            **{
+                f"policy/{name}": mean(getattr(stats, name) for stats in policy)
+                for name in ("approx_kl", "clipfrac", "entropy", "ratio")
+            },
+            "loss/policy": mean(loss.policy.loss for loss in losses),
+            "loss/value": mean(loss.value.loss for loss in losses),
+            "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
+            "val/explained_variance": explained_variance(
+                experience.values, experience.returns, mask
+            ),
+            "val/num_eos_tokens": int(rollout.ended.sum()),
+            "lr": self.schedule.get_last_lr()[0],
+            **self.timer.take_step(),
+        }
+
+    def finish(self, before: Evaluation, after: Evaluation) -> Summary:
+        """Draw the plot and sum the run up; writes summary.json too."""
+        if can_plot():
+            path: Path = self.folder.path / "plot.png"
+            title = f"{self.name}: {self.config.model}, reward {self.reward.name}"
+            plot_run(
+                self.folder.read_metrics(), path, title=title, held_out=(before.score, after.score)
+            )
+        else:
+            self.display.say("no plot: pip install matplotlib")
+        summary = Summary(
+            score_before=before.score,
+            score_after=after.score,
+            kl=after.kl,
+            entropy=after.entropy,
+            distinct_2=after.distinct_2,
+            steps=self.config.steps,
+            seconds=time.perf_counter() - self.started,
+            peak_memory_mb=peak_memory_mb(),
+            phase_seconds=dict(self.timer.total),
+        )
+        self.folder.append("summary.json", asdict(summary))
+        self.display.say(f"\nthe run is in {self.folder.path}")
+        return summary
+
+
+def leave_out_unjudged(experience: Experience, scores: Tensor) -> tuple[Experience, Tensor]:
+    """Sequences whose score is NaN (the reward returned None) train nothing."""
+    judged = ~scores.isnan()
+    mask = experience.response_mask & judged[:, None]
+    return replace(experience, response_mask=mask), scores.nan_to_num(0.0)
+
+
+def detached(part: MicrobatchLoss) -> MicrobatchLoss:
+    return MicrobatchLoss(
+        part.loss.detach(),
+        part.policy._replace(loss=part.policy.loss.detach()),
+        part.value._replace(loss=part.value.loss.detach()),
+    )
+
+
+def added(parts: list[MicrobatchLoss]) -> MicrobatchLoss:
+    """Microbatch losses and statistics are shares of their minibatch's: they add."""
+
+    def total(outputs):
+        columns = zip(*(output.stats for output in outputs), strict=True)
+        stats = [torch.stack(column).sum() for column in columns]
+        loss = torch.stack([o.loss for o in outputs]).sum()
+        return type(outputs[0])(loss, type(outputs[0].stats)(*stats))
+
+    loss = torch.stack([part.loss for part in parts]).sum()
+    return MicrobatchLoss(loss, total([p.policy for p in parts]), total([p.value for p in parts]))

@@ -1,0 +1,116 @@
+"""The decoder in two halves: the trunk, whose weights never change, and the layers above it.
+
+The trunk's output is the same for every role and every PPO epoch, so it is computed once a rollout
+and kept. Families whose decoder is `embed → layers → norm` with full attention are split; others
+run whole: their "trunk" is the tokens themselves, and each role pays for all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_causal_mask
+
+__all__ = ["Decoder", "SplitDecoder", "WholeDecoder", "positions", "split_decoder"]
+
+SPLIT_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids of a left-padded batch: the first real token is at 0. [B, L] bool -> int64."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class Decoder(Protocol):
+    """What the backbone asks of a decoder."""
+
+    split: int
+
+    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """The part below the first trained layer: [B, L] tokens -> its output."""
+
+    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+        """The part above: the trunk's output -> final hidden states after the norm, [B, L, D]."""
+
+
+class SplitDecoder:
+    """A decoder entered at layer ``split``."""
+
+    def __init__(self, decoder: nn.Module, split: int, *, gradient_checkpointing: bool = False):
+        self.decoder = decoder
+        self.split = split
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.decoder.get_submodule("embed_tokens")(tokens)
+        return self.run(hidden, attention_mask, 0, self.split)
+
+    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.run(trunk, attention_mask, self.split, None)
+        return self.decoder.get_submodule("norm")(hidden)
+
+    def run(self, hidden: Tensor, attention_mask: Tensor, start: int, stop: int | None) -> Tensor:
+        position_ids = positions(attention_mask)
+        mask = create_causal_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        rotary = self.decoder.get_submodule("rotary_emb")(hidden, position_ids=position_ids)
+        layers = self.decoder.get_submodule("layers")
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers[start:stop]:
+
+            def step(hidden: Tensor, layer: nn.Module = layer) -> Tensor:
+                return layer(
+                    hidden,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    position_embeddings=rotary,
+                )
+
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(step, hidden, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                hidden = step(hidden)
+        return hidden
+
+
+class WholeDecoder:
+    """A decoder that is always run from the tokens up."""
+
+    split = 0
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        return tokens
+
+    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.decoder(
+            input_ids=trunk,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+
+
+def can_split(config: object) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return getattr(config, "model_type", None) in SPLIT_FAMILIES and kinds == {"full_attention"}
+
+
+def split_decoder(
+    decoder: nn.Module, split: int, *, gradient_checkpointing: bool = False
+) -> SplitDecoder | WholeDecoder:
+    """The decoder entered at layer ``split`` where its family allows it, whole where not."""
+    if can_split(decoder.config):
+        return SplitDecoder(decoder, split, gradient_checkpointing=gradient_checkpointing)
+    return WholeDecoder(decoder)

@@ -1,0 +1,200 @@
+"""The whole line on a tiny random model: it learns, checks itself, and keeps what it wrote."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from fastrlhf_kernels import VocabTensorError
+
+from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
+from fastrlhf.backbone import LoraSettings, SharedBackbone
+
+PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
+FAST = PPOConfig(
+    total_episodes=64,
+    batch_size=32,
+    num_mini_batches=2,
+    num_ppo_epochs=2,
+    response_length=8,
+    stop_token=None,
+    learning_rate=1e-2,
+    train_layers=2,
+    lora_rank=8,
+    kl_coef=0.02,
+    microbatch_tokens=80,
+    eval_prompts=16,
+    num_samples=0,
+)
+
+
+def share_of_e(completions, **_):
+    return [text.count("e") / 8 for text in completions]
+
+
+def trainer(tmp_path, reward=share_of_e, backbone=None, **changes) -> PPOTrainer:
+    config = replace(FAST, output_dir=str(tmp_path / "run"), **changes)
+    if backbone is None:
+        torch.manual_seed(config.seed)
+        backbone = SharedBackbone(
+            tiny.model(),
+            lora=LoraSettings(config.lora_rank, config.lora_alpha),
+            train_layers=config.train_layers,
+            critic=config.critic,
+        )
+    return PPOTrainer(backbone, reward, config, PROMPTS, processing_class=tiny.tokenizer())
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"critic": "adapter"},
+        {"kl_estimator": "k1"},
+        {"kl_estimator": "k3", "temperature": 0.8},
+    ],
+    ids=["exact", "adapter", "k1", "k3"],
+)
+def test_it_learns(tmp_path, changes):
+    summary = trainer(tmp_path, total_episodes=32 * 20, **changes).train()
+    assert summary.score_after > summary.score_before + 0.4
+    metrics = lines(tmp_path)
+    assert len(metrics) == summary.steps == 20
+    assert metrics[0]["objective/kl"] == 0
+    for line in metrics:
+        assert line["check/first_ratio"] == 1.0
+        assert line["check/first_approx_kl"] == 0.0
+        assert line["check/first_clipfrac"] == 0.0
+        assert line["objective/kl"] >= 0
+        assert line["check/rollout_logprob_gap"] < 1e-4
+    assert metrics[-1]["objective/kl"] > 0.1
+
+
+def test_kl_coef_holds_the_policy_back(tmp_path):
+    free = trainer(tmp_path / "a", total_episodes=32 * 12, kl_coef=0.0).train()
+    held = trainer(tmp_path / "b", total_episodes=32 * 12, kl_coef=2.0).train()
+    assert held.kl < free.kl / 4
+    assert held.score_after < free.score_after
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        trainer(tmp_path / name).train()
+        kept = [
+            {k: v for k, v in line.items() if not k.startswith("time/")}
+            for line in lines(tmp_path / name)
+        ]
+        runs.append(kept)
+    assert runs[0] == runs[1]
+
+
+def test_microbatches_change_only_rounding(tmp_path):
+    trainer(tmp_path / "a", microbatch_tokens=10**6).train()
+    trainer(tmp_path / "b", microbatch_tokens=33).train()
+    (first, *_), (other, *_) = lines(tmp_path / "a"), lines(tmp_path / "b")
+    for key in ("loss/policy", "loss/value", "policy/approx_kl", "policy/clipfrac"):
+        assert other[key] == pytest.approx(first[key], rel=2e-2, abs=1e-5), key
+
+
+def test_a_run_leaves_its_folder(tmp_path):
+    summary = trainer(tmp_path, num_samples=1).train()
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "plot.png", "checkpoints",
+    }  # fmt: skip
+    assert (run / "checkpoints/final/adapter_model.safetensors").stat().st_size > 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == summary.steps
+    samples = (run / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2 * FAST.eval_prompts
+    assert summary.peak_memory_mb > 50 and summary.seconds > 0
+    assert set(summary.phase_seconds) == {"load", "evaluate", "rollout", "score", "update"}
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
+    trainer(tmp_path).train()
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        trainer(tmp_path).train()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_reward_that_fails_stops_before_anything_is_lost(tmp_path):
+    with pytest.raises(UserError, match="returned nan"):
+        trainer(tmp_path, reward=lambda completions, **_: [math.nan] * len(completions))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_fails_later_keeps_what_was_written(tmp_path):
+    calls = []
+
+    def reward(completions, **_):
+        calls.append(1)
+        return [0.0 if len(calls) < 4 else math.nan] * len(completions)
+
+    with pytest.raises(UserError, match="returned nan"):
+        trainer(tmp_path, reward=reward).train()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_unjudged_completions_train_nothing(tmp_path):
+    def only_some(prompts, completions, **_):
+        # In a whole batch the prompts that start with "a" to "d" are judged.
+        if len(prompts) < 8:
+            return [0.0] * len(prompts)
+        return [None if p[0] > "d" else c.count("e") / 8 for p, c in zip(prompts, completions)]  # noqa: B905
+
+    trainer(tmp_path, reward=only_some).train()
+    assert all(math.isfinite(line["loss/policy"]) for line in lines(tmp_path))
+    with pytest.raises(SelfCheckError, match="every score was None"):
+        trainer(
+            tmp_path / "none",
+            reward=lambda prompts, **_: [None if len(prompts) == 32 else 0.0] * len(prompts),
+        ).train()
+
+
+def test_audit_passes_ours_and_catches_a_head_that_makes_all_logits(tmp_path, monkeypatch):
+    # A vocabulary that is no other dimension of the model, with a workspace of one row's logits.
+    trainer(tmp_path, audit=True).train()
+    import fastrlhf.losses as losses
+
+    def eager(hidden, weight, targets, *args, **kwargs):
+        wide = hidden @ weight.t()
+        torch.cat([wide] * (2**21 // wide.numel() * 48)).view(-1, weight.shape[0])
+        raise AssertionError("the audit let it pass")
+
+    monkeypatch.setattr(losses, "linear_policy_loss", eager)
+    with pytest.raises(VocabTensorError):
+        trainer(tmp_path / "eager", audit=True).train()
+
+
+@pytest.mark.parametrize("mutation", ["positions", "temperature", "adapter"])
+def test_self_checks_can_fail(tmp_path, monkeypatch, mutation):
+    import fastrlhf.experience as experience
+    import fastrlhf.trainer as module
+
+    t = trainer(tmp_path)
+    if mutation == "temperature":
+        t.engine.temperature = 0.5
+    if mutation == "adapter":
+        # A policy that is not the reference before the first step.
+        with torch.no_grad():
+            for name, parameter in t.backbone.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+    if mutation == "positions":
+        original = experience.score
+
+        def shifted(*args):
+            result = original(*args)
+            return replace(result, old_logprobs=result.old_logprobs + 1e-3)
+
+        monkeypatch.setattr(module, "score", shifted)
+    with pytest.raises(SelfCheckError):
+        t.train()
