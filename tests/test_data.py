@@ -66,7 +66,7 @@ def test_rows_may_be_given_directly():
 
 
 def test_a_prompt_that_does_not_fit_the_context():
-    with pytest.raises(UserError, match="prompt 2 has 60 tokens.*context of 64.*shorten"):
+    with pytest.raises(UserError, match=r"prompt 2 has 60 tokens.*context of 64.*shorten"):
         tokenize([{"prompt": "a"}, {"prompt": "a" * 60}])
     tokenize([{"prompt": "a" * 56}])
 

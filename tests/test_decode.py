@@ -1,4 +1,4 @@
-"""The decode loop samples what a plain forward says, and its log-probabilities are that forward's."""
+"""The decode loop samples what a plain forward says; its log-probabilities are that forward's."""
 
 import pytest
 import tiny

@@ -23,7 +23,7 @@ def test_a_folder(tmp_path):
 
 def test_missing_models_name_what_would_work(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
         load_pretrained(str(tmp_path), dtype=torch.float32)
     with pytest.raises(UserError, match="cannot be loaded: give 'smollm2-135m'"):
         load_pretrained("nobody/nothing", dtype=torch.float32)

@@ -55,7 +55,9 @@ def test_answers_that_cannot_be_trained_on(function, message):
 
 def test_reward_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def length(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    path.write_text(
+        "def length(completions, **_):\n    return [float(len(c)) for c in completions]"
+    )
     assert judge(load_reward(f"{path}:length")) == [4.0, 3.0]
     with pytest.raises(UserError, match="no function 'lenght'; did you mean 'length'"):
         load_reward(f"{path}:lenght")

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from fastrlhf_kernels import PolicyLossSpec, gae, linear_policy_loss
 
 from fastrlhf.rewards.shaping import eos_penalty, kl_reward, next_valid, place_scores
+from fastrlhf_kernels import PolicyLossSpec, gae, linear_policy_loss
 
 VOCAB, LENGTH, BETA = 3, 2, 0.37
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from fastrlhf_kernels import VocabTensorError
 
 from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
+from fastrlhf_kernels import VocabTensorError
 
 PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
 FAST = PPOConfig(

@@ -1,0 +1,100 @@
+#include "blocks.h"
+
+#include <limits>
+
+#include "vector_math.h"
+
+#if defined(FASTRLHF_TARGET_CLONES)
+#define FASTRLHF_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTRLHF_CLONES
+#endif
+
+namespace fastrlhf {
+
+FASTRLHF_CLONES
+void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transform& transform) {
+  const float scale = transform.logit_scale, cap = transform.softcap;
+  const float temperature = transform.temperature;
+  if (transform.bias) {
+    const float* bias = transform.bias + offset;
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) z[j] += bias[j];
+  }
+  if (cap != 0.0f) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j)
+      z[j] = cap * tanh_small(z[j] * scale / cap) / temperature;
+  } else if (scale != 1.0f || temperature != 1.0f) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) z[j] = z[j] * scale / temperature;
+  }
+}
+
+FASTRLHF_CLONES
+float block_max(const float* z, std::int64_t n) {
+  float largest = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (std::int64_t j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
+  return largest;
+}
+
+FASTRLHF_CLONES
+void block_sums(const float* z, std::int64_t n, float base, float* e, float* sum, float* moment) {
+  float s = 0.0f, u = 0.0f;
+#pragma omp simd reduction(+ : s, u)
+  for (std::int64_t j = 0; j < n; ++j) {
+    // Where exp is 0 any finite number will do: it keeps 0 * inf out of the moment.
+    const float d = z[j] - base;
+    const float bounded = d < -100.0f ? -100.0f : d;
+    const float x = exp_small(bounded);
+    e[j] = x;
+    s += x;
+    u += x * bounded;
+  }
+  *sum = s;
+  *moment = u;
+}
+
+FASTRLHF_CLONES
+float block_cross(const float* e, const float* x, float x_base, const float* y, float y_base,
+                  std::int64_t n) {
+  float g = 0.0f;
+#pragma omp simd reduction(+ : g)
+  for (std::int64_t j = 0; j < n; ++j) {
+    const float term = e[j] * ((x[j] - x_base) - (y[j] - y_base));
+    g += e[j] == 0.0f ? 0.0f : term;
+  }
+  return g;
+}
+
+FASTRLHF_CLONES
+void block_gradient(float* z, const float* ref, std::int64_t n, const GradientRow& row) {
+  const GradientRow r = row;
+  if (!ref) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) {
+      const float logprob = (z[j] - r.max) - r.log_sum;
+      const float p = exp_small(logprob);
+      const float slope = z[j] * r.cap_slope;
+      const float value = p * (r.constant + r.on_logprob * logprob) * r.scale;
+      z[j] = p == 0.0f ? 0.0f : value * (1.0f - slope * slope);
+    }
+    return;
+  }
+#pragma omp simd
+  for (std::int64_t j = 0; j < n; ++j) {
+    const float logprob = (z[j] - r.max) - r.log_sum;
+    const float ref_logprob = (ref[j] - r.ref_max) - r.ref_log_sum;
+    const float p = exp_small(logprob), ref_p = exp_small(ref_logprob);
+    const float slope = z[j] * r.cap_slope;
+    const float own = p * (r.constant + r.on_logprob * logprob + r.on_ref_logprob * ref_logprob);
+    const float shown = (p == 0.0f ? 0.0f : own) + r.reverse * (p - ref_p);
+    const float value = shown * r.scale * (1.0f - slope * slope);
+    // A column that does not exist has no gradient, whatever the reference says of it.
+    z[j] = z[j] < -3.0e38f ? 0.0f : value;
+  }
+}
+
+}  // namespace fastrlhf

@@ -1,0 +1,45 @@
+// The vector loops, each over one block of a row. They are compiled once per SIMD level and picked
+// at run time; every op calls the same ones, so a row gives the same bits in all of them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrlhf {
+
+// Columns per block: sums run in float32 inside a block and in double across blocks.
+constexpr std::int64_t kBlock = 1024;
+
+struct Transform {
+  const float* bias;   // per column, or null
+  float logit_scale;
+  float softcap;       // 0: none
+  float temperature;
+
+  bool is_identity() const {
+    return !bias && logit_scale == 1.0f && softcap == 0.0f && temperature == 1.0f;
+  }
+};
+
+struct GradientRow {
+  float max, log_sum, ref_max, ref_log_sum;
+  float constant, on_logprob, on_ref_logprob;  // A, B, C of docs/math.md, section 2
+  float reverse;                               // coefficient of P - P_ref
+  float scale, cap_slope;                      // cap_slope: temperature / softcap, or 0
+};
+
+// z <- softcap * tanh(logit_scale * (z + bias) / softcap) / temperature
+void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transform& transform);
+
+float block_max(const float* z, std::int64_t n);
+
+// e <- exp(z - base), sum of e, sum of e * (z - base)
+void block_sums(const float* z, std::int64_t n, float base, float* e, float* sum, float* moment);
+
+// sum of e * ((x - x_base) - (y - y_base)), with e = exp(x - x_base)
+float block_cross(const float* e, const float* x, float x_base, const float* y, float y_base,
+                  std::int64_t n);
+
+// z <- P * (A + B * l + C * l_ref) + reverse * (P - P_ref), times scale and the slope of the cap
+void block_gradient(float* z, const float* ref, std::int64_t n, const GradientRow& row);
+
+}  // namespace fastrlhf

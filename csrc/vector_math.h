@@ -1,0 +1,57 @@
+// Elementary functions without branches or calls, so that the loops around them vectorise.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define FASTRLHF_INLINE inline __attribute__((always_inline))
+#else
+#define FASTRLHF_INLINE inline
+#endif
+
+namespace fastrlhf {
+
+// e^x for x <= 88, within 2 ulp; exactly 0 below -87.3 (so for -inf), NaN for NaN.
+FASTRLHF_INLINE float exp_small(float x) {
+  // Adding 1.5 * 2^23 rounds to the nearest integer in the low mantissa bits.
+  const float rounder = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + rounder;
+  const float n = shifted - rounder;
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  std::int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  // The integer sits in the low bits of `shifted`; moved up it is the exponent of 2^n.
+  bits = static_cast<std::int32_t>(static_cast<std::uint32_t>(bits) + 127u);
+  bits = static_cast<std::int32_t>(static_cast<std::uint32_t>(bits) << 23);
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  const float value = p * power;
+  return x < -87.3f ? 0.0f : value;
+}
+
+// tanh within 3 ulp: a polynomial near 0, where 1 - 2/(e^2x + 1) would cancel.
+FASTRLHF_INLINE float tanh_small(float x) {
+  const float size = x < 0.0f ? -x : x;
+  const float e = exp_small(-2.0f * size);
+  const float far = (1.0f - e) / (1.0f + e);
+  const float z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float near = p * z * x + x;
+  const float signed_far = x < 0.0f ? -far : far;
+  return size < 0.625f ? near : signed_far;
+}
+
+}  // namespace fastrlhf

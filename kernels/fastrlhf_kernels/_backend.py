@@ -1,0 +1,186 @@
+"""Which backend runs an op, and the checks at its border.
+
+`auto` resolves by device, once: `cpu` for float32, bfloat16 and float16 tensors on a CPU where the
+compiled module is there, `reference` for everything else. A backend that is asked for by name
+runs or raises; it never falls back.
+"""
+
+from collections.abc import Collection
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import _cpu
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+
+@cache
+def _device_backend(device_type: str) -> str:
+    return "cpu" if device_type == "cpu" and _cpu.available() else "reference"
+
+
+def resolve(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    op: str,
+    available: Collection[str] = ("reference", "cpu"),
+    unsupported: str | None = None,
+) -> str:
+    """The name of the backend to run.
+
+    available: what `op` is written for. unsupported: what this call asks of the op that `cpu` does
+    not have, in words; then `auto` takes the reference and an explicit "cpu" raises with it.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
+    if backend == "auto":
+        usable = dtype != torch.float64 and unsupported is None and "cpu" in available
+        return _device_backend(device.type) if usable else "reference"
+    if backend == "triton":
+        raise RuntimeError(
+            f"{op}: the Triton kernels are not in this version; use backend='auto' or 'reference'"
+        )
+    if backend not in available:
+        raise RuntimeError(f"{op} has no {backend!r} backend; it has {', '.join(available)}")
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"{op}: backend='cpu' takes tensors on a CPU, got {device}")
+        if dtype == torch.float64:
+            raise ValueError(f"{op}: backend='cpu' computes in float32; float64 has 'reference'")
+        if unsupported is not None:
+            raise ValueError(f"{op}: backend='cpu' does not support {unsupported}")
+        _cpu.require()
+    return backend
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def describe(**tensors: Tensor | None) -> str:
+    return ", ".join(
+        f"{name} {list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+        for name, x in tensors.items()
+        if x is not None
+    )
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    if len({x.device for x in tensors.values() if x is not None}) > 1:
+        raise ValueError(f"{op}: all tensors belong on one device, got {describe(**tensors)}")
+
+
+def check_same_shape(op: str, **tensors: Tensor | None) -> None:
+    if len({x.shape for x in tensors.values() if x is not None}) > 1:
+        raise ValueError(f"{op}: shapes must agree, got {describe(**tensors)}")
+    check_device(op, **tensors)
+
+
+def check_mask(op: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask must be bool (True = trains), got {describe(mask=mask)}")
+
+
+def check_choice(op: str, name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def row_temperature(
+    op: str, temperature: float | Tensor, targets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[N] temperatures of the flattened rows."""
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"{op}: temperature={temperature!r} must be finite and > 0")
+        return torch.full((targets.numel(),), temperature, dtype=dtype, device=targets.device)
+    if temperature.dim() == 0:
+        temperature = temperature.expand(targets.shape)
+    if temperature.shape != targets.shape:
+        raise ValueError(
+            f"{op}: temperature must be a number or have one entry a row, got "
+            f"{describe(temperature=temperature, targets=targets)}"
+        )
+    check_device(op, temperature=temperature, targets=targets)
+    if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+        raise ValueError(
+            f"{op}: temperature must be > 0 in every row, got {describe(temperature=temperature)}"
+        )
+    return temperature.detach().to(dtype).reshape(-1).contiguous()
+
+
+def check_targets(op: str, targets: Tensor, used: Tensor, vocab: int) -> None:
+    """Targets of used rows lie in [0, vocab). Checked on the CPU only: elsewhere it would sync."""
+    if targets.device.type != "cpu":
+        return
+    bad = used & ((targets < 0) | (targets >= vocab))
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"{op}: target {int(targets.flatten()[row])} of row {row} is outside [0, {vocab}), "
+            f"got {describe(targets=targets)}"
+        )
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    *,
+    valid_vocab: int | None,
+    softcap: float | None,
+    kl_direction: str,
+) -> int:
+    """Ranks, sizes and options of a head; returns the number of valid columns."""
+    shapes = describe(
+        hidden=hidden, weight=weight, targets=targets, bias=bias,
+        ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+    )  # fmt: skip
+    if hidden.dim() < 2 or weight.dim() != 2:
+        raise ValueError(f"{op}: hidden is [..., N, D] and weight [V, D], got {shapes}")
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: hidden is [..., D], targets [...], weight [V, D], got {shapes}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets must be int64, got {shapes}")
+    if not all(x.dtype.is_floating_point for x in (hidden, weight)):
+        raise ValueError(f"{op}: hidden and weight must be floating point, got {shapes}")
+    vocab = weight.shape[0]
+    if bias is not None and bias.shape != (vocab,):
+        raise ValueError(f"{op}: bias is [V], got {shapes}")
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError(f"{op}: ref_weight and ref_bias need a ref_hidden, got {shapes}")
+    if ref_hidden is not None:
+        if ref_hidden.shape[:-1] != targets.shape:
+            raise ValueError(f"{op}: ref_hidden is [..., D'] with the rows of hidden, got {shapes}")
+        head = weight if ref_weight is None else ref_weight
+        if head.dim() != 2 or head.shape[0] != vocab or head.shape[1] != ref_hidden.shape[-1]:
+            raise ValueError(f"{op}: ref_weight is [V, D'] for ref_hidden [..., D'], got {shapes}")
+        if ref_bias is not None and (ref_weight is None or ref_bias.shape != (vocab,)):
+            raise ValueError(f"{op}: ref_bias is [V] and needs a ref_weight, got {shapes}")
+        moving = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if ref_weight is None and moving:
+            raise ValueError(
+                f"{op}: weight requires a gradient, so KL would be taken against the moving head; "
+                f"pass the frozen head as ref_weight, got {shapes}"
+            )
+    check_device(
+        op, hidden=hidden, weight=weight, targets=targets, bias=bias,
+        ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
+    )  # fmt: skip
+    check_choice(op, "kl_direction", kl_direction, ("forward", "reverse"))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap={softcap!r} must be > 0 or None")
+    if valid_vocab is not None and not 0 < valid_vocab <= vocab:
+        raise ValueError(f"{op}: valid_vocab={valid_vocab} must lie in [1, {vocab}], got {shapes}")
+    return vocab if valid_vocab is None else valid_vocab

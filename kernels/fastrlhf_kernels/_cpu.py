@@ -1,0 +1,145 @@
+"""Bindings to the compiled CPU kernels (csrc): pointers and sizes only.
+
+The compiled module does the row work; the matrix products are torch's. It knows nothing of torch:
+every function here checks what its pointers promise (contiguous, the right type) and passes the
+number of threads that torch uses.
+"""
+
+import warnings
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+
+class MissingKernelsWarning(UserWarning):
+    """The compiled CPU kernels are not there, so `auto` takes the reference."""
+
+
+# After torch, so that the kernels share the OpenMP library that it has loaded. A module that is
+# there and does not load is an error; one that was never built is not.
+try:
+    _csrc = import_module(f"{__package__}._csrc")
+except ModuleNotFoundError as missing:
+    if missing.name != f"{__package__}._csrc":
+        raise
+    _csrc = None  # type: ignore[assignment]
+    warnings.warn(
+        "fastrlhf_kernels was installed without its compiled CPU kernels; backend='auto' uses the "
+        "reference on CPUs. Install a C++17 compiler and reinstall the package to have them.",
+        MissingKernelsWarning,
+        stacklevel=3,  # whoever imports the package
+    )
+
+TABLE_COLUMNS = 8
+"""float32 per row: max and log-sum of the logits, the same of the reference, logprob, entropy, kl,
+reference logprob"""
+LOGPROB, ENTROPY, KL, REF_LOGPROB = 4, 5, 6, 7
+
+
+def available() -> bool:
+    return _csrc is not None
+
+
+def require() -> None:
+    if _csrc is None:
+        raise RuntimeError(
+            "the compiled CPU kernels are not installed: install a C++17 compiler and reinstall "
+            "the package (pip install --force-reinstall --no-deps fastrlhf), or use "
+            "backend='reference'"
+        )
+
+
+def _pointer(x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    if x is None:
+        return 0
+    assert x.dtype == dtype and x.shape == shape and x.device.type == "cpu", (x.dtype, x.shape)
+    assert x.stride(-1) == 1 or x.shape[-1] == 1
+    assert x.dim() == 2 or x.is_contiguous()
+    return x.data_ptr()
+
+
+def _threads(elements: int) -> int:
+    """torch's number of threads, or fewer where waking them would cost more than they save."""
+    return min(torch.get_num_threads(), 1 + elements // 65_536)
+
+
+def _logits_pointers(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, int]:
+    shape = (logits.shape[0], logits.shape[1])
+    assert ref_logits is None or ref_logits.stride() == logits.stride()
+    return _pointer(logits, torch.float32, shape), _pointer(ref_logits, torch.float32, shape)
+
+
+def row_statistics(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    table: Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    reverse: bool,
+) -> None:
+    """Fill table [n, TABLE_COLUMNS] and leave the tempered logits in `logits` [n, V]."""
+    rows, columns = logits.shape
+    _csrc.row_statistics(
+        *_logits_pointers(logits, ref_logits), rows, columns, logits.stride(0),
+        _pointer(targets, torch.int64, (rows,)),
+        _pointer(bias, torch.float32, (columns,)), _pointer(ref_bias, torch.float32, (columns,)),
+        _pointer(temperature, torch.float32, (rows,)),
+        _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
+        logit_scale, softcap or 0.0, reverse, _threads(logits.numel()),
+    )  # fmt: skip
+
+
+def row_gradient(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    table: Tensor,
+    coefficients: Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    reverse: bool,
+) -> None:
+    """Turn what `row_statistics` left in `logits` into the gradient of the raw logits.
+
+    coefficients [n, 3]: ∂L/∂logprob, ∂L/∂entropy, ∂L/∂kl. A row whose three are 0 is left as it is.
+    """
+    rows, columns = logits.shape
+    _csrc.row_gradient(
+        *_logits_pointers(logits, ref_logits), rows, columns, logits.stride(0),
+        _pointer(targets, torch.int64, (rows,)),
+        _pointer(temperature, torch.float32, (rows,)),
+        _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
+        _pointer(coefficients, torch.float32, (rows, 3)),
+        logit_scale, softcap or 0.0, reverse, _threads(logits.numel()),
+    )  # fmt: skip
+
+
+def compact_rows(logits: Tensor, kept: Tensor) -> None:
+    """logits[: len(kept)] = logits[kept], in place; `kept` ascends."""
+    _csrc.compact_rows(
+        _pointer(logits, torch.float32, (logits.shape[0], logits.shape[1])),
+        _pointer(kept, torch.int64, (kept.numel(),)), kept.numel(),
+        logits.shape[1], logits.stride(0), _threads(logits.numel()),
+    )  # fmt: skip
+
+
+def sample_rows(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B] (−1 where a row has no finite sum) and their log-probabilities [B]."""
+    rows, columns = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    logprobs = torch.empty(rows)
+    _csrc.sample(
+        _pointer(logits, torch.float32, (rows, columns)), rows, columns, logits.stride(0),
+        _pointer(temperature, torch.float32, (rows,)),
+        _pointer(uniform, torch.float32, (rows,)),
+        tokens.data_ptr(), logprobs.data_ptr(), _threads(logits.numel()),
+    )  # fmt: skip
+    return tokens, logprobs

@@ -1,0 +1,72 @@
+"""What the ops refuse at their border, with the shapes in the message."""
+
+import pytest
+import torch
+
+from fastrlhf_kernels import PolicyLossSpec, linear_logprobs, linear_policy_loss
+
+LOGPROBS = {
+    "rank": (lambda p: {"hidden": p.hidden[0]}, r"hidden \[16\]"),
+    "rows": (lambda p: {"targets": p.targets[1:]}, r"targets \[12\]"),
+    "width": (lambda p: {"weight": p.weight[:, 1:]}, r"weight \[1003, 15\]"),
+    "bias": (lambda p: {"bias": p.bias[1:]}, r"bias \[1002\]"),
+    "integers": (lambda p: {"targets": p.targets.int()}, "int64"),
+    "too large": (lambda p: {"targets": p.targets * 0 + 1003}, r"1003 of row 0 is outside"),
+    "negative": (lambda p: {"targets": p.targets * 0 - 1}, r"-1 of row 0"),
+    "beyond valid": (lambda p: {"targets": p.targets * 0 + 950, "valid_vocab": 950}, r"\[0, 950\)"),
+    "temperature 0": (lambda p: {"temperature": 0.0}, "temperature"),
+    "temperature NaN": (lambda p: {"temperature": float("nan")}, "temperature"),
+    "temperatures": (lambda p: {"temperature": torch.ones(5)}, r"temperature \[5\]"),
+    "one bad temperature": (lambda p: {"temperature": torch.arange(13.0)}, r"temperature \[13\]"),
+    "softcap": (lambda p: {"softcap": 0.0}, "softcap"),
+    "direction": (lambda p: {"kl_direction": "backward"}, "forward, reverse"),
+    "valid_vocab": (lambda p: {"valid_vocab": 1004}, "valid_vocab"),
+    "statistic": (lambda p: {"stats": ("top5",)}, "mean_logits"),
+    "workspace": (lambda p: {"workspace_mb": 0}, "workspace_mb"),
+    "lone ref_weight": (lambda p: {"ref_weight": p.weight}, "ref_hidden"),
+    "ref rows": (lambda p: {"ref_hidden": p.hidden[1:]}, r"ref_hidden \[12, 16\]"),
+    "ref head": (
+        lambda p: {"ref_hidden": p.hidden, "ref_weight": p.weight[1:]}, r"ref_weight \[1002, 16\]",
+    ),
+    "moving head": (
+        lambda p: {"ref_hidden": p.hidden, "weight": p.weight.clone().requires_grad_()}, "moving",
+    ),
+    "devices": (lambda p: {"bias": p.bias.to("meta")}, "on meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOGPROBS)
+def test_linear_logprobs(head_problem, case):
+    p = head_problem().to(torch.float32)
+    change, says = LOGPROBS[case]
+    given = {"hidden": p.hidden, "weight": p.weight, "targets": p.targets, **change(p)}
+    with pytest.raises(ValueError, match=says):
+        linear_logprobs(**given)
+
+
+POLICY_LOSS = {
+    "shape": (lambda p: {"old_logprobs": p.old_logprobs[1:]}, r"old_logprobs \[12\]"),
+    "mask": (lambda p: {"mask": p.mask.float()}, "bool"),
+    "target": (lambda p: {"targets": p.targets * 0 - 100}, "-100 of row 0"),
+    "temperature": (lambda p: {"temperature": -1.0}, "temperature"),
+    "exact without reference": (lambda p: {"spec": PolicyLossSpec(kl_coef=0.1)}, "ref_hidden"),
+    "k3 without reference": (
+        lambda p: {"spec": PolicyLossSpec(kl_coef=0.1, kl_estimator="k3")}, "ref_logprobs",
+    ),
+    "sequence_mean": (
+        lambda p: {"spec": PolicyLossSpec(aggregation="sequence_mean")}, "sequence_ids",
+    ),
+    "constant": (lambda p: {"spec": PolicyLossSpec(aggregation="constant")}, "num_items"),
+    "num_items": (lambda p: {"num_items": 0}, "num_items"),
+    "devices": (lambda p: {"advantages": p.advantages.to("meta")}, "on meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POLICY_LOSS)
+def test_linear_policy_loss(head_problem, case):
+    p = head_problem().to(torch.float32)
+    names = ("hidden", "weight", "targets", "old_logprobs", "advantages", "mask")
+    change, says = POLICY_LOSS[case]
+    given = {name: getattr(p, name) for name in names} | {"spec": PolicyLossSpec()} | change(p)
+    with pytest.raises(ValueError, match=says):
+        linear_policy_loss(**given)

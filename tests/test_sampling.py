@@ -1,0 +1,89 @@
+"""Samples follow the distribution, come with its log-probability, and are never impossible."""
+
+import pytest
+import torch
+
+from fastrlhf_kernels import TruncatedSamplingWarning, _cpu, sample
+
+needs_csrc = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_csrc)]
+
+
+def draw(logits, backend="auto", seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return sample(logits, generator=generator, backend=backend, **{"temperature": 1.0, **options})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frequencies(backend):
+    logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0])
+    tokens, logprobs = draw(logits.expand(40_000, 5), backend, temperature=0.7)
+    probs = (logits / 0.7).softmax(-1)
+    shares = torch.bincount(tokens, minlength=5) / 40_000
+    # Four standard deviations of a share near one half are 0.01.
+    assert (shares - probs).abs().max() < 0.01
+    assert shares[3] == 0
+    torch.testing.assert_close(logprobs, probs.log()[tokens])
+    assert (shares - logits.softmax(-1)).abs().max() > 0.01
+
+
+# 1003 and 2050 end in a ragged block; 300 stays within one.
+@needs_csrc
+@pytest.mark.parametrize("vocab", [1, 300, 1003, 2050])
+def test_both_backends_pick_the_same_tokens(vocab):
+    logits = 3 * torch.randn(200, vocab, generator=torch.Generator().manual_seed(1))
+    temperature = torch.linspace(0.5, 2, 200)
+    tokens, logprobs = draw(logits, "cpu", temperature=temperature)
+    expected, expected_logprobs = draw(logits, "reference", temperature=temperature)
+    assert (tokens != expected).sum() <= 1  # a uniform number may fall onto a rounded step
+    same = tokens == expected
+    torch.testing.assert_close(logprobs[same], expected_logprobs[same], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_distribution(backend, uniform, monkeypatch):
+    logits = torch.full((3, 2500), -torch.inf)
+    logits[:, 7], logits[:, 2077] = -1e4, -1e4
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), uniform))
+    tokens, logprobs = draw(logits, backend)
+    assert tokens.tolist() == [7 if uniform == 0 else 2077] * 3
+    torch.testing.assert_close(logprobs, torch.full((3,), 0.5).log())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_see_each_other_and_layout_does_not_matter(backend):
+    logits = torch.randn(6, 1003)
+    tokens, logprobs = draw(logits, backend)
+    wide = torch.full((6, 2006), torch.nan)
+    wide[:, ::2] = logits
+    strided = draw(wide[:, ::2], backend)
+    assert torch.equal(tokens, strided[0]) and torch.equal(logprobs, strided[1])
+    assert sample(logits[:0], temperature=1.0, backend=backend)[0].shape == (0,)
+
+
+def test_top_k_and_top_p_narrow_the_choice_and_warn():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(2000, 4)
+    with pytest.warns(TruncatedSamplingWarning):
+        tokens, logprobs = draw(logits, top_k=2)
+    assert set(tokens.tolist()) == {0, 1}
+    torch.testing.assert_close(logprobs, logits[0][tokens])
+    for top_p, kept in ((0.4, {0}), (0.7, {0, 1}), (0.8, {0, 1, 2}), (0.95, {0, 1, 2, 3})):
+        with pytest.warns(TruncatedSamplingWarning):
+            assert set(draw(logits, top_p=top_p)[0].tolist()) == kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_raises(backend):
+    logits = torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"\[5\]"):
+        draw(logits[0], backend)
+    for temperature in (0.0, -1.0, float("nan"), torch.tensor([1.0, 0.0])):
+        with pytest.raises(ValueError, match="temperature"):
+            draw(logits, backend, temperature=temperature)
+    for options in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError, match="top_"):
+            draw(logits, backend, **options)
+    for bad in (torch.nan, -torch.inf):
+        with pytest.raises(ValueError, match="NaN or no finite entry"):
+            draw(torch.full((2, 5), bad), backend)
