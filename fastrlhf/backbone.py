@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError
@@ -71,7 +72,7 @@ class SharedBackbone(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         *,
         lora: LoraSettings = LoraSettings(),
         train_layers: int | Literal["all"] = "all",
@@ -84,7 +85,7 @@ class SharedBackbone(nn.Module):
         top = depth if train_layers == "all" else train_layers
         if top > depth:
             raise UserError(f"train_layers is {top}, but the model has {depth} layers; lower it")
-        self.decoder = model.get_decoder()  # type: ignore[operator]
+        self.decoder = model.get_decoder()
         trained = lora.for_layers(self.decoder, list(range(depth - top, depth)))
         self.peft: PeftModel = get_peft_model(model, trained)
         if critic == "adapter":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -24,6 +25,9 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     started = time.perf_counter()
+    # OpenMP's threads wait for each other by spinning, by default for so long that a second busy
+    # program makes everything a hundred times slower. Read when torch loads the library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="fastrlhf", description="RLHF for one memory-constrained GPU, or none."
     )

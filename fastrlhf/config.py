@@ -231,7 +231,9 @@ def fits(value: Any, option: Any) -> bool:
         return value == option
     if option in (int, bool) or option is type(None):
         return type(value) is option
-    return isinstance(value, option) and not (option is float and not math.isfinite(value))
+    if option is float:
+        return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, option)
 
 
 def require(holds: bool, message: str) -> None:

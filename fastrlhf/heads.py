@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 __all__ = ["LanguageModelHead", "ValueHead"]
 
@@ -20,9 +21,9 @@ class LanguageModelHead:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> LanguageModelHead:
+    def of(cls, model: PreTrainedModel) -> LanguageModelHead:
         """The head of a transformers model, with the scale and cap that its config declares."""
-        output = model.get_output_embeddings()  # type: ignore[operator]
+        output = model.get_output_embeddings()
         config = model.config
         scale = getattr(config, "logit_scale", None)
         if scale is None:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from fastrlhf_kernels import LossOutput, PolicyLossSpec, linear_policy_loss, value_loss
+from fastrlhf_kernels import (
+    LossOutput,
+    LossStats,
+    PolicyLossSpec,
+    ValueStats,
+    linear_policy_loss,
+    value_loss,
+)
 
 from .config import PPOConfig
 from .types import Experience
@@ -21,8 +28,9 @@ class MicrobatchLoss(NamedTuple):
     """A microbatch's share of its minibatch's loss; shares add up."""
 
     loss: Tensor  # [] policy.loss + vf_coef · value.loss
-    policy: LossOutput
-    value: LossOutput
+    policy: LossOutput[LossStats]
+    value: LossOutput[ValueStats]
+    grad_norm: Tensor | None = None  # [] before clipping, once the whole minibatch is in
 
 
 def response_states(hidden: Tensor, response_length: int) -> Tensor:

@@ -21,7 +21,6 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import UserError
@@ -48,7 +47,7 @@ def load_pretrained(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
-) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
@@ -78,7 +77,8 @@ def load_pretrained(
     if tokenizer.pad_token_id is None:
         # Safe because padding is told by masks and lengths, never by the token's value.
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def check_hub(name: str) -> None:
@@ -116,11 +116,12 @@ def convert_gguf(weights: Path, folder: Path) -> None:
     """Dequantise ``weights`` into ``folder`` as bfloat16 safetensors with tokenizer and config."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {weights.name} needs the gguf package; run: pip install gguf")
-    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     # The reader draws bars of its own over ours.
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=torch.bfloat16
+        )
     config = model.config
     # The weights are no longer quantised, whatever the file that they came from says.
     del config.quantization_config

@@ -200,7 +200,7 @@ class PPOTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return added(parts)
+        return added(parts)._replace(grad_norm=norm)
 
     def batches(self) -> Iterator[Any]:
         config = self.config
@@ -271,6 +271,7 @@ class PPOTrainer:
             },
             "loss/policy": mean(loss.policy.loss for loss in losses),
             "loss/value": mean(loss.value.loss for loss in losses),
+            "grad_norm": mean(loss.grad_norm for loss in losses if loss.grad_norm is not None),
             "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
             "val/explained_variance": explained_variance(
                 experience.values, experience.returns, mask

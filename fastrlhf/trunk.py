@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 __all__ = ["Decoder", "SplitDecoder", "WholeDecoder", "positions", "split_decoder"]
@@ -39,7 +40,9 @@ class Decoder(Protocol):
 class SplitDecoder:
     """A decoder entered at layer ``split``."""
 
-    def __init__(self, decoder: nn.Module, split: int, *, gradient_checkpointing: bool = False):
+    def __init__(
+        self, decoder: PreTrainedModel, split: int, *, gradient_checkpointing: bool = False
+    ):
         self.decoder = decoder
         self.split = split
         self.gradient_checkpointing = gradient_checkpointing
@@ -76,7 +79,7 @@ class SplitDecoder:
                 )
 
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(step, hidden, use_reentrant=False)  # type: ignore[assignment]
+                hidden = checkpoint(step, hidden, use_reentrant=False)
             else:
                 hidden = step(hidden)
         return hidden
@@ -87,7 +90,7 @@ class WholeDecoder:
 
     split = 0
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: PreTrainedModel):
         self.decoder = decoder
 
     def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def can_split(config: object) -> bool:
 
 
 def split_decoder(
-    decoder: nn.Module, split: int, *, gradient_checkpointing: bool = False
+    decoder: PreTrainedModel, split: int, *, gradient_checkpointing: bool = False
 ) -> SplitDecoder | WholeDecoder:
     """The decoder entered at layer ``split`` where its family allows it, whole where not."""
     if can_split(decoder.config):

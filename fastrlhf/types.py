@@ -78,7 +78,8 @@ class Experience:
     def select(self, rows: Tensor) -> Experience:
         """The sequences at ``rows`` ([b] int64), in that order."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Experience(**{k: None if x is None else x[rows] for k, x in columns.items()})
+        taken: dict[str, Any] = {k: None if x is None else x[rows] for k, x in columns.items()}
+        return Experience(**taken)
 
     def with_advantages(self, advantages: Tensor, returns: Tensor) -> Experience:
         """The same experience with its advantages and returns filled in."""
@@ -88,5 +89,7 @@ class Experience:
     def concatenate(parts: Sequence[Experience], order: Tensor) -> Experience:
         """Join ``parts``, whose sequences are rows ``order`` of a batch, back into batch order."""
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Experience)}
-        joined = {k: None if x[0] is None else torch.cat(x) for k, x in columns.items()}
+        joined: dict[str, Any] = {
+            k: None if x[0] is None else torch.cat(x) for k, x in columns.items()
+        }
         return Experience(**joined).select(torch.argsort(order))

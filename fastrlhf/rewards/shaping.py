@@ -26,7 +26,7 @@ def kl_reward(
     *,
     kl: Tensor,
     old_logprobs: Tensor,
-    ref_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
     mask: Tensor,
 ) -> Tensor:
     """The part of the per-token reward that is not the score.
@@ -35,7 +35,7 @@ def kl_reward(
 
     Args:
         estimator: "exact", "k1", or "k2" and "k3" (zero: their KL is in the loss).
-        kl, old_logprobs, ref_logprobs: [B, T].
+        kl, old_logprobs, ref_logprobs: [B, T]; ref_logprobs is for k1.
         mask: [B, T] bool, True on response tokens. KL after the last of them is 0.
 
     Returns:
@@ -44,6 +44,7 @@ def kl_reward(
     if estimator == "exact":
         return -gamma * kl_coef * next_valid(kl, mask)
     if estimator == "k1":
+        assert ref_logprobs is not None, "k1 compares with the reference's log-probabilities"
         return torch.where(mask, -kl_coef * (old_logprobs - ref_logprobs), 0.0)
     return torch.zeros_like(kl)
 

@@ -1,0 +1,124 @@
+"""Peak extra memory of one PPO update over 2048 tokens at SmolLM2-135M's shape.
+
+Extra: beyond weights, optimizer state and the trunk cache, which are all there before the update
+starts. Measured as the process's resident high-water mark (VmHWM, reset before) less what was
+resident. Weights are random: memory does not depend on their values. Linux only.
+
+    python bench/update_memory.py            prints one line of JSON
+"""
+
+import ctypes
+import json
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastrlhf import PPOConfig, PPOTrainer, load_config
+from fastrlhf.backbone import LoraSettings, SharedBackbone
+from fastrlhf.experience import score
+from fastrlhf.types import Prompts, Rollout
+from fastrlhf_kernels import linear_policy_loss
+
+SMOLLM2_135M = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)  # fmt: skip
+SEQUENCES, PROMPT, RESPONSE = 64, 8, 24
+
+
+def status_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
+def extra_mb(call) -> float:
+    """The most memory that ``call`` had resident beyond what was there before it, in MiB."""
+    # Memory that malloc keeps for itself would hide what the call takes.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mb("VmRSS")
+    call()
+    return status_mb("VmHWM") - before
+
+
+def make_rollout(vocab: int) -> Rollout:
+    tokens = torch.randint(3, vocab, (SEQUENCES, PROMPT + RESPONSE))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    prompts = Prompts(["p"] * SEQUENCES, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * SEQUENCES)
+    return Rollout(
+        prompts, ["c"] * SEQUENCES, tokens, mask, mask[:, PROMPT:],
+        torch.zeros(SEQUENCES, RESPONSE), torch.zeros(SEQUENCES, dtype=torch.bool),
+    )  # fmt: skip
+
+
+class Tokenizer:
+    """As much of a tokenizer as a trainer that does not generate asks for."""
+
+    pad_token_id = eos_token_id = 2
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3]}
+
+
+def make_trainer(config: PPOConfig) -> PPOTrainer:
+    torch.manual_seed(0)
+    backbone = SharedBackbone(
+        LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).eval(),
+        lora=LoraSettings(config.lora_rank, config.lora_alpha),
+        train_layers=config.train_layers,
+        critic=config.critic,
+    )
+    rows = [{"prompt": str(i)} for i in range(8)]
+    return PPOTrainer(
+        backbone, lambda completions, **_: [0.0] * len(completions), config, rows,
+        processing_class=Tokenizer(),
+    )  # fmt: skip
+
+
+def main() -> None:
+    config = replace(load_config("sentiment"), eval_prompts=2)
+    trainer = make_trainer(config)
+    rollout = make_rollout(SMOLLM2_135M["vocab_size"])
+    # One minibatch: the update is over all 2048 tokens, in the recipe's microbatches.
+    trainer.config = replace(config, num_mini_batches=1)
+    (parts,) = trainer.deal(rollout)
+    experience = score(trainer.backbone, rollout, parts, config)
+    noise = torch.randn_like(experience.values)
+    experience = experience.with_advantages(noise, noise)
+    spec = trainer.algorithm.spec(config, 1.0)
+    trainer.update(experience, parts, spec)  # makes the optimizer's state
+
+    head = trainer.backbone.head
+    hidden = torch.randn(SEQUENCES * RESPONSE, head.weight.shape[1], requires_grad=True)
+    ones = torch.ones(len(hidden))
+
+    def head_alone() -> None:
+        linear_policy_loss(
+            hidden, head.weight, rollout.responses.flatten(), -ones, ones, ones.bool(), spec,
+            ref_hidden=hidden.detach() + 0.1, workspace_mb=config.workspace_mb,
+        ).loss.backward()  # fmt: skip
+
+    print(json.dumps({
+        "bench": "update_memory",
+        "model": "SmolLM2-135M shape, float32",
+        "tokens": SEQUENCES * (PROMPT + RESPONSE),
+        "microbatch_sequences": len(parts[0]),
+        "update_extra_mb": round(extra_mb(lambda: trainer.update(experience, parts, spec)), 1),
+        "head_extra_mb": round(extra_mb(head_alone), 1),
+        "eager_logits_mb": round(SEQUENCES * RESPONSE * head.weight.shape[0] * 4 / 2**20, 1),
+        "torch": torch.__version__,
+        "device": platform.processor() or platform.machine(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
