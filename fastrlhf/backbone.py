@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import UserError
 from .heads import LanguageModelHead, ValueHead
 from .pretrained import load_pretrained
-from .trunk import WholeDecoder, split_decoder
+from .trunk import Decoder, WholeDecoder, split_decoder
 
 __all__ = ["LoraSettings", "Role", "SharedBackbone"]
 
@@ -93,7 +93,7 @@ class SharedBackbone(nn.Module):
         self.critic = critic
         self.value_head = ValueHead(config.hidden_size) if critic else None
         self.head = LanguageModelHead.of(model)
-        self.halves = split_decoder(
+        self.halves: Decoder = split_decoder(
             self.decoder, depth - top, gradient_checkpointing=gradient_checkpointing
         )
         if isinstance(self.halves, WholeDecoder):

@@ -1,4 +1,4 @@
-"""From a rollout to what the update reads: the trunk once, then each role's share."""
+"""From a rollout to what the update reads: the trunk at most once, then each role's share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def score_part(
     attention_mask = rollout.attention_mask[rows]
     responses, mask = rollout.responses[rows], rollout.response_mask[rows]
     length = responses.shape[1]
-    trunk = backbone.trunk(rollout.tokens[rows], attention_mask)
+    if rollout.trunk is None:
+        trunk = backbone.trunk(rollout.tokens[rows], attention_mask)
+    else:
+        trunk = rollout.trunk[rows]
     hidden = backbone.hidden("policy", trunk, attention_mask)
     values = response_states(backbone.values(hidden, trunk, attention_mask), length)
     states = response_states(hidden, length)

@@ -7,6 +7,8 @@ run whole: their "trunk" is the tokens themselves, and each role pays for all la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -36,6 +38,9 @@ class Decoder(Protocol):
     def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
         """The part above: the trunk's output -> final hidden states after the norm, [B, L, D]."""
 
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect the trunk's outputs of whatever the decoder runs within the block."""
+
 
 class SplitDecoder:
     """A decoder entered at layer ``split``."""
@@ -55,6 +60,17 @@ class SplitDecoder:
     def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.run(trunk, attention_mask, self.split, None)
         return self.decoder.get_submodule("norm")(hidden)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Within the block, every forward of the decoder adds its trunk's output to the list."""
+        outputs: list[Tensor] = []
+        first_trained = self.decoder.get_submodule("layers")[self.split]  # type: ignore[index]
+        handle = first_trained.register_forward_pre_hook(lambda _, given: outputs.append(given[0]))
+        try:
+            yield outputs
+        finally:
+            handle.remove()
 
     def run(self, hidden: Tensor, attention_mask: Tensor, start: int, stop: int | None) -> Tensor:
         position_ids = positions(attention_mask)
@@ -92,6 +108,10 @@ class WholeDecoder:
 
     def __init__(self, decoder: PreTrainedModel):
         self.decoder = decoder
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        yield []
 
     def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return tokens

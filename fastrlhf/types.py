@@ -42,6 +42,7 @@ class Rollout:
     response_mask: Tensor  # [B, T] bool, True on sampled tokens, the end-of-sequence token included
     rollout_logprobs: Tensor  # [B, T] float32, log-softmax(z / temperature) of the sampled token
     ended: Tensor  # [B] bool, True where the stop token was sampled
+    trunk: Tensor | None = None  # [B, L, D] the frozen lower layers' output, where sampling kept it
 
     @property
     def responses(self) -> Tensor:

@@ -1,7 +1,8 @@
 """Prompts in, a Rollout out: a decode loop that keeps what sampling already computed.
 
 One weight copy (the backbone as policy), a preallocated key-value cache, and for every sampled
-token its log-probability under the distribution that it was drawn from. A response ends at the stop
+token its log-probability under the distribution that it was drawn from. The frozen layers' outputs
+are kept, so that scoring and updates need not run them again. A response ends at the stop
 token, which belongs to it and is trained; what follows is padding, told by the mask alone (the
 padding token may equal the stop token).
 """
@@ -92,7 +93,7 @@ class DecodeEngine:
         logprobs = torch.zeros(batch, self.response_length, device=device)
         ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
-        with self.backbone.role("policy") as decoder:
+        with self.backbone.role("policy") as decoder, self.backbone.halves.recorded() as trunk:
             cache = self.new_cache(length)
             new = prompts.tokens
             for t in range(self.response_length):
@@ -119,14 +120,20 @@ class DecodeEngine:
                     if ended.all():
                         break
                 new = tokens[:, here : here + 1]
-        return self.finish(prompts, tokens, mask, logprobs, ended)
+        return self.finish(prompts, tokens, mask, logprobs, ended, trunk)
 
     def new_cache(self, length: int) -> Cache:
         depth = self.backbone.decoder.config.num_hidden_layers
         return Cache(layers=[PreallocatedLayer(length) for _ in range(depth)])
 
     def finish(
-        self, prompts: Prompts, tokens: Tensor, mask: Tensor, logprobs: Tensor, ended: Tensor
+        self,
+        prompts: Prompts,
+        tokens: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        ended: Tensor,
+        trunk: list[Tensor],
     ) -> Rollout:
         start = prompts.tokens.shape[1]
         response_mask = mask[:, start:].clone()
@@ -134,4 +141,10 @@ class DecodeEngine:
             self.tokenizer.decode(row[kept], skip_special_tokens=True)
             for row, kept in zip(tokens[:, start:], response_mask, strict=True)
         ]
-        return Rollout(prompts, texts, tokens, mask, response_mask, logprobs, ended)
+        states = None
+        if trunk:
+            # The last token's state predicts nothing, and after the last stop nothing is computed.
+            states = trunk[0].new_zeros(*tokens.shape, trunk[0].shape[-1])
+            computed = torch.cat(trunk, dim=1)
+            states[:, : computed.shape[1]] = computed
+        return Rollout(prompts, texts, tokens, mask, response_mask, logprobs, ended, states)
