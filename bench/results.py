@@ -78,7 +78,7 @@ def memory_table() -> str:
         [
             "| what | peak extra memory (MB) |",
             "|---|---|",
-            f"| an update of {row["tokens"]} tokens, with head | {row['update_extra_mb']:.0f} |",
+            f"| an update of {row['tokens']} tokens, with head | {row['update_extra_mb']:.0f} |",
             f"| the head alone (exact KL, its gradient) | {row['head_extra_mb']:.0f} |",
             f"| one copy of the logits, had it existed | {row['eager_logits_mb']:.0f} |",
             "",
