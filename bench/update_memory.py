@@ -4,19 +4,22 @@ Extra: beyond weights, optimizer state and the trunk cache, which are all there 
 starts. Measured as the process's resident high-water mark (VmHWM, reset before) less what was
 resident. Weights are random: memory does not depend on their values. Linux only.
 
-    python bench/update_memory.py            prints one line of JSON
+    python bench/update_memory.py            rewrites bench/results/update_memory.jsonl
+    python bench/update_memory.py --print    only prints the row
 """
 
 import ctypes
 import json
 import os
-import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+from results import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastrlhf import PPOConfig, PPOTrainer, load_config
@@ -84,7 +87,7 @@ def make_trainer(config: PPOConfig) -> PPOTrainer:
     )  # fmt: skip
 
 
-def main() -> None:
+def measure() -> dict[str, Any]:
     config = replace(load_config("sentiment"), eval_prompts=2)
     trainer = make_trainer(config)
     rollout = make_rollout(SMOLLM2_135M["vocab_size"])
@@ -107,7 +110,7 @@ def main() -> None:
             ref_hidden=hidden.detach() + 0.1, workspace_mb=config.workspace_mb,
         ).loss.backward()  # fmt: skip
 
-    print(json.dumps({
+    return {
         "bench": "update_memory",
         "model": "SmolLM2-135M shape, float32",
         "tokens": SEQUENCES * (PROMPT + RESPONSE),
@@ -115,10 +118,11 @@ def main() -> None:
         "update_extra_mb": round(extra_mb(lambda: trainer.update(experience, parts, spec)), 1),
         "head_extra_mb": round(extra_mb(head_alone), 1),
         "eager_logits_mb": round(SEQUENCES * RESPONSE * head.weight.shape[0] * 4 / 2**20, 1),
-        "torch": torch.__version__,
-        "device": platform.processor() or platform.machine(),
-    }))  # fmt: skip
+    }
 
 
 if __name__ == "__main__":
-    main()
+    measured = measure()
+    print(json.dumps(measured))
+    if "--print" not in sys.argv:
+        write("update_memory", [measured])
