@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("fastrlhf: interrupted; the run's folder keeps what was written", file=sys.stderr)
+        return 130
 
 
 def overrides(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,27 +26,34 @@ class RunFolder:
     Args:
         path: a folder that holds no run yet, or None for the first free `runs/<name>`, numbered.
 
+    Nothing is made before `make`.
+
     Raises:
         UserError: ``path`` already holds a run, or cannot be written.
     """
 
     def __init__(self, path: str | None, name: str):
-        if path is None:
-            self.path = free_folder(Path("runs"), name)
-        else:
-            self.path = Path(path)
-            if (self.path / METRICS).exists():
-                raise UserError(
-                    f"{self.path} already holds a run; give another output_dir or remove it"
-                )
+        self.path = free_folder(Path("runs"), name) if path is None else Path(path)
+        if (self.path / METRICS).exists():
+            raise UserError(
+                f"{self.path} already holds a run; give another output_dir or remove it"
+            )
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise self.unwritable("not a folder that you may write to")
+
+    def make(self) -> None:
+        """Make the folder."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / METRICS).touch()
         except OSError as error:
-            raise UserError(
-                f"the run's folder {self.path} cannot be written ({error.strerror}); "
-                "give another output_dir"
-            ) from error
+            raise self.unwritable(error.strerror) from error
+
+    def unwritable(self, reason: str | None) -> UserError:
+        return UserError(
+            f"the run's folder {self.path} cannot be written ({reason}); give another output_dir"
+        )
 
     def write_text(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, encoding="utf-8")

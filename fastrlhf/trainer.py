@@ -96,6 +96,7 @@ class PPOTrainer:
         self.name = name
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
+        self.folder = RunFolder(config.output_dir, name)
         with self.timer("load"):
             rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
             eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
@@ -149,7 +150,7 @@ class PPOTrainer:
     def train(self) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
         config = self.config
-        self.folder = RunFolder(config.output_dir, self.name)
+        self.folder.make()
         self.folder.write_text("config.yaml", config.to_yaml())
         with self.display:
             before = self.evaluate("before training", step=0)

