@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastrlhf_kernels import (
@@ -31,6 +33,30 @@ class MicrobatchLoss(NamedTuple):
     policy: LossOutput[LossStats]
     value: LossOutput[ValueStats]
     grad_norm: Tensor | None = None  # [] before clipping, once the whole minibatch is in
+
+    def detached(self) -> MicrobatchLoss:
+        """The same numbers, which keep no graph alive."""
+        return MicrobatchLoss(
+            self.loss.detach(),
+            self.policy._replace(loss=self.policy.loss.detach()),
+            self.value._replace(loss=self.value.loss.detach()),
+        )
+
+    @staticmethod
+    def added(parts: Sequence[MicrobatchLoss]) -> MicrobatchLoss:
+        """The minibatch's losses and statistics."""
+
+        def total(column: Iterable[Tensor]) -> Tensor:
+            return torch.stack(list(column)).sum()
+
+        policies, values = [p.policy for p in parts], [p.value for p in parts]
+        policy = LossStats(*map(total, zip(*(p.stats for p in policies), strict=True)))
+        value = ValueStats(*map(total, zip(*(v.stats for v in values), strict=True)))
+        return MicrobatchLoss(
+            total(p.loss for p in parts),
+            LossOutput(total(p.loss for p in policies), policy),
+            LossOutput(total(v.loss for v in values), value),
+        )
 
 
 def response_states(hidden: Tensor, response_length: int) -> Tensor:

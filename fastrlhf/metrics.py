@@ -6,14 +6,20 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+import torch
+from torch import Tensor
 
-__all__ = ["PhaseTimer", "RunFolder", "peak_memory_mb"]
+from .advantages import explained_variance
+from .errors import UserError
+from .losses import MicrobatchLoss
+from .types import Experience, Rollout
+
+__all__ = ["PhaseTimer", "RunFolder", "peak_memory_mb", "step_metrics"]
 
 METRICS = "metrics.jsonl"
 
@@ -106,6 +112,45 @@ class PhaseTimer:
         taken = {f"time/{phase}": seconds for phase, seconds in self.step.items()}
         self.step.clear()
         return taken
+
+
+def step_metrics(
+    rollout: Rollout,
+    scores: Tensor,
+    experience: Experience,
+    losses: Sequence[MicrobatchLoss],
+    kl_coef: float,
+) -> dict[str, float]:
+    """What a step did; names as in docs/math.md, section 5.15.
+
+    Args:
+        scores: [B]. losses: one for every optimizer step on this rollout.
+    """
+    mask = experience.response_mask
+    kl = float((experience.kl * mask).sum(-1).mean())
+    score = float(scores.mean())
+
+    def mean(values: Iterable[Tensor | None]) -> float:
+        return float(torch.stack([value for value in values if value is not None]).mean())
+
+    policy = [loss.policy.stats for loss in losses]
+    return {
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/entropy": float(experience.entropy[mask].mean()),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "policy/approx_kl": mean(stats.approx_kl for stats in policy),
+        "policy/clipfrac": mean(stats.clipfrac for stats in policy),
+        "policy/entropy": mean(stats.entropy for stats in policy),
+        "policy/ratio": mean(stats.ratio for stats in policy),
+        "loss/policy": mean(loss.policy.loss for loss in losses),
+        "loss/value": mean(loss.value.loss for loss in losses),
+        "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
+        "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
+        "val/num_eos_tokens": int(rollout.ended.sum()),
+        "grad_norm": mean(loss.grad_norm for loss in losses),
+    }
 
 
 def peak_memory_mb() -> float:

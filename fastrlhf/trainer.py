@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 
-from .advantages import explained_variance
 from .algorithms import ALGORITHMS
 from .backbone import LoraSettings, SharedBackbone
 from .checkpoint import save_weights
@@ -33,7 +32,7 @@ from .errors import SelfCheckError, UserError
 from .evaluation import Evaluation, evaluate
 from .experience import microbatches, score
 from .losses import MicrobatchLoss, microbatch_loss
-from .metrics import PhaseTimer, RunFolder, peak_memory_mb
+from .metrics import PhaseTimer, RunFolder, peak_memory_mb, step_metrics
 from .optim import make_optimizer, make_schedule
 from .plot import can_plot, plot_run
 from .progress import Display
@@ -162,7 +161,7 @@ class PPOTrainer:
                 with self.timer("score"), self.audited():
                     minibatches = self.deal(rollout)
                     experience = score(self.backbone, rollout, chain(*minibatches), config)
-                    experience, scores = leave_out_unjudged(experience, scores)
+                    experience, scores = experience.judged_by(scores)
                     learnt = self.algorithm.advantages(scores, experience, config)
                     experience = experience.with_advantages(learnt.advantages, learnt.returns)
                     spec = self.algorithm.spec(config, float(learnt.scale))
@@ -173,7 +172,9 @@ class PPOTrainer:
                         for minibatch in minibatches if epoch == 0 else self.deal(rollout):
                             losses.append(self.update(experience, minibatch, spec))
                     checks |= check_first_minibatch(losses[0].policy.stats, self.dtype)
-                line = self.metrics(number, rollout, scores, experience, losses) | checks
+                line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
+                line |= step_metrics(rollout, scores, experience, losses, config.kl_coef) | checks
+                line |= {"lr": self.schedule.get_last_lr()[0]} | self.timer.take_step()
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
             save_weights(self.backbone, self.folder.path / "checkpoints" / "final")
@@ -191,7 +192,7 @@ class PPOTrainer:
                 self.backbone, experience.select(rows), spec, self.config, num_items
             )
             part.loss.backward()
-            parts.append(detached(part))
+            parts.append(part.detached())
         parameters = self.backbone.trainable()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not norm.isfinite():
@@ -201,7 +202,7 @@ class PPOTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return added(parts)._replace(grad_norm=norm)
+        return MicrobatchLoss.added(parts)._replace(grad_norm=norm)
 
     def batches(self) -> Iterator[Any]:
         config = self.config
@@ -242,46 +243,6 @@ class PPOTrainer:
         self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
         return result
 
-    def metrics(
-        self,
-        number: int,
-        rollout: Rollout,
-        scores: Tensor,
-        experience: Experience,
-        losses: list[MicrobatchLoss],
-    ) -> dict[str, Any]:
-        """The line of metrics.jsonl for a step; names as in docs/math.md, section 5.15."""
-        mask = experience.response_mask
-        kl = float((experience.kl * mask).sum(-1).mean())
-
-        def mean(values: Iterable[Tensor]) -> float:
-            return float(torch.stack(list(values)).mean())
-
-        policy = [loss.policy.stats for loss in losses]
-        return {
-            "step": number,
-            "episode": number * self.config.batch_size,
-            "objective/scores": float(scores.mean()),
-            "objective/kl": kl,
-            "objective/entropy": float(experience.entropy[mask].mean()),
-            "objective/non_score_reward": -self.config.kl_coef * kl,
-            "objective/rlhf_reward": float(scores.mean()) - self.config.kl_coef * kl,
-            **{
-                f"policy/{name}": mean(getattr(stats, name) for stats in policy)
-                for name in ("approx_kl", "clipfrac", "entropy", "ratio")
-            },
-            "loss/policy": mean(loss.policy.loss for loss in losses),
-            "loss/value": mean(loss.value.loss for loss in losses),
-            "grad_norm": mean(loss.grad_norm for loss in losses if loss.grad_norm is not None),
-            "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
-            "val/explained_variance": explained_variance(
-                experience.values, experience.returns, mask
-            ),
-            "val/num_eos_tokens": int(rollout.ended.sum()),
-            "lr": self.schedule.get_last_lr()[0],
-            **self.timer.take_step(),
-        }
-
     def finish(self, before: Evaluation, after: Evaluation) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
         if can_plot():
@@ -306,31 +267,3 @@ class PPOTrainer:
         self.folder.append("summary.json", asdict(summary))
         self.display.say(f"\nthe run is in {self.folder.path}")
         return summary
-
-
-def leave_out_unjudged(experience: Experience, scores: Tensor) -> tuple[Experience, Tensor]:
-    """Sequences whose score is NaN (the reward returned None) train nothing."""
-    judged = ~scores.isnan()
-    mask = experience.response_mask & judged[:, None]
-    return replace(experience, response_mask=mask), scores.nan_to_num(0.0)
-
-
-def detached(part: MicrobatchLoss) -> MicrobatchLoss:
-    return MicrobatchLoss(
-        part.loss.detach(),
-        part.policy._replace(loss=part.policy.loss.detach()),
-        part.value._replace(loss=part.value.loss.detach()),
-    )
-
-
-def added(parts: list[MicrobatchLoss]) -> MicrobatchLoss:
-    """Microbatch losses and statistics are shares of their minibatch's: they add."""
-
-    def total(outputs):
-        columns = zip(*(output.stats for output in outputs), strict=True)
-        stats = [torch.stack(column).sum() for column in columns]
-        loss = torch.stack([o.loss for o in outputs]).sum()
-        return type(outputs[0])(loss, type(outputs[0].stats)(*stats))
-
-    loss = torch.stack([part.loss for part in parts]).sum()
-    return MicrobatchLoss(loss, total([p.policy for p in parts]), total([p.value for p in parts]))

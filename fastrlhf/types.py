@@ -86,6 +86,11 @@ class Experience:
         """The same experience with its advantages and returns filled in."""
         return replace(self, advantages=advantages, returns=returns)
 
+    def judged_by(self, scores: Tensor) -> tuple[Experience, Tensor]:
+        """Sequences whose score ([B]) is NaN, which is not judged, train nothing and score 0."""
+        mask = self.response_mask & ~scores.isnan()[:, None]
+        return replace(self, response_mask=mask), scores.nan_to_num(0.0)
+
     @staticmethod
     def concatenate(parts: Sequence[Experience], order: Tensor) -> Experience:
         """Join ``parts``, whose sequences are rows ``order`` of a batch, back into batch order."""

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, linear_logprobs, linear_policy_loss
+from fastrlhf_kernels import PolicyLossSpec, _cpu, linear_logprobs, linear_policy_loss
+
+cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 
 LOGPROBS = {
     "rank": (lambda p: {"hidden": p.hidden[0]}, r"hidden \[16\]"),
@@ -70,3 +72,16 @@ def test_linear_policy_loss(head_problem, case):
     given = {name: getattr(p, name) for name in names} | {"spec": PolicyLossSpec()} | change(p)
     with pytest.raises(ValueError, match=says):
         linear_policy_loss(**given)
+
+
+@cpu_only
+def test_a_second_backward_says_so(head_problem):
+    p = head_problem().to(torch.float32)
+    hidden = p.hidden.requires_grad_()
+    out = linear_policy_loss(
+        hidden, p.weight, p.targets, p.old_logprobs, p.advantages, p.mask, PolicyLossSpec(),
+        backend="cpu",
+    )  # fmt: skip
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already called"):
+        out.loss.backward()

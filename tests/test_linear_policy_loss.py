@@ -341,16 +341,3 @@ def test_bits_repeat(head_problem):
     p, spec = head_problem(40).to(torch.float32), SPECS["ppo with everything"]
     first, second = (flat(fused(p, spec, backend="cpu")) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-
-
-@cpu_only
-def test_a_second_backward_says_so(head_problem):
-    p = head_problem().to(torch.float32)
-    hidden = p.hidden.requires_grad_()
-    out = linear_policy_loss(
-        hidden, p.weight, p.targets, p.old_logprobs, p.advantages, p.mask, PolicyLossSpec(),
-        backend="cpu",
-    )  # fmt: skip
-    out.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already called"):
-        out.loss.backward()
