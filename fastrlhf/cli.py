@@ -15,8 +15,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from .config import describe_settings, load_config
 from .errors import SelfCheckError, UserError
 
 __all__ = ["main"]
@@ -36,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ppo",
         help="train a language model with PPO",
         description="Train a language model with PPO. Prints the summary as one line of JSON.",
-        epilog="Every setting may be given as --key value or key=value; "
-        "their meanings are in fastrlhf/config.py.",
+        epilog="Settings, each given as --key value or key=value (what a recipe does not set has "
+        f"the default shown):\n{describe_settings()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
@@ -75,16 +78,12 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
-    from .config import load_config
-
     config = load_config(recipe, settings)
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from .trainer import PPOTrainer
 
     name = Path(recipe).stem if recipe else "ppo"
     summary = PPOTrainer(args=config, name=name, started=started).train()
-    from dataclasses import asdict
-
     print(json.dumps(asdict(summary)))
     return 0
 

@@ -7,8 +7,12 @@ refused when the configuration is made, not in the middle of a run.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ import yaml
 
 from .errors import UserError, nearest
 
-__all__ = ["PPOConfig", "load_config"]
+__all__ = ["PPOConfig", "describe_settings", "load_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -156,6 +160,20 @@ class PPOConfig:
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_config` reads back to an equal one."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def describe_settings() -> str:
+    """Every setting with its default and its docstring, for `--help`."""
+    (tree,) = ast.parse(inspect.getsource(PPOConfig)).body
+    assert isinstance(tree, ast.ClassDef)
+    lines = []
+    for field, text in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert field.value is not None
+            lines.append(f"  {ast.unparse(field.target)} = {ast.unparse(field.value)}")
+            meaning = " ".join(ast.literal_eval(text.value).split())
+            lines += textwrap.wrap(meaning, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def load_config(recipe: str | None, overrides: Sequence[tuple[str, str]] = ()) -> PPOConfig:

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from fastrlhf.config import RECIPES, PPOConfig, load_config
+from fastrlhf.config import RECIPES, PPOConfig, describe_settings, load_config
 from fastrlhf.errors import UserError
 
 
@@ -73,6 +73,13 @@ def test_every_field_has_a_docstring():
     for field in dataclasses.fields(PPOConfig):
         after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), field.name
+
+
+def test_help_describes_every_setting():
+    text = describe_settings()
+    for field in dataclasses.fields(PPOConfig):
+        assert f"  {field.name} = " in text
+    assert "Weight of the KL to the reference." in text
 
 
 def test_missing_eos_penalty_needs_a_stop_token():
