@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError
 from .heads import LanguageModelHead, ValueHead
-from .pretrained import load_pretrained
+from .pretrained import find_pretrained
 from .trunk import Decoder, WholeDecoder, split_decoder
 
 __all__ = ["LoraSettings", "Role", "SharedBackbone"]
@@ -118,20 +118,13 @@ class SharedBackbone(nn.Module):
         **settings,
     ) -> tuple[SharedBackbone, object]:
         """Load a model and its tokenizer; ``settings`` are those of the constructor."""
-        model, tokenizer = load_pretrained(
-            name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        return cls(model, **settings).to(device), tokenizer
+        found = find_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        model = found.load(dtype=dtype, device=device)
+        return cls(model, **settings).to(device), found.tokenizer
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
-
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model was made for, in tokens."""
-        config = self.decoder.config
-        return getattr(config, "max_position_embeddings", None) or config.n_positions
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that the optimizer steps: adapters and the value head."""
@@ -161,7 +154,7 @@ class SharedBackbone(nn.Module):
     def hidden(self, role: Role, trunk: Tensor, attention_mask: Tensor) -> Tensor:
         """Final hidden states of a role: the trunk's output -> [B, L, D]."""
         with self.role(role):
-            return self.halves.top(trunk, attention_mask)
+            return self.halves.top(trunk, attention_mask, lambda: self.role(role))
 
     def values(self, policy_hidden: Tensor, trunk: Tensor, attention_mask: Tensor) -> Tensor:
         """The critic's value of every state, [B, L] float32.
@@ -175,6 +168,7 @@ class SharedBackbone(nn.Module):
             return self.value_head(self.hidden("critic", trunk, attention_mask))
         return self.value_head(policy_hidden)
 
-    def save_policy(self, folder: str | Path) -> None:
-        """Write the policy's adapter in PEFT's format: peft and transformers load it."""
-        self.peft.save_pretrained(str(folder), selected_adapters=["default"])
+    def save_adapters(self, folder: str | Path) -> None:
+        """Write the adapters in PEFT's format: the policy's, and in `critic/` the critic's."""
+        adapters = ["default", "critic"] if self.critic == "adapter" else ["default"]
+        self.peft.save_pretrained(str(folder), selected_adapters=adapters)

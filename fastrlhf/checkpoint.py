@@ -1,7 +1,7 @@
 """Trained weights on disk: the adapter in PEFT's format, the value head in safetensors.
 
-A folder appears under its name only when all of it is written, so an interrupted save leaves the
-previous one untouched. Nothing is pickled.
+A folder appears under its name only when all of it is written, so an interrupted save never leaves
+half of one. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["save_weights"]
 
 
 def save_weights(backbone: SharedBackbone, folder: Path) -> Path:
-    """Write the policy's adapter and the critic's head to ``folder``; returns it."""
+    """Write the adapters and the critic's head to ``folder``; returns it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         made = Path(temporary) / folder.name
-        backbone.save_policy(made)
+        backbone.save_adapters(made)
         if backbone.value_head is not None:
             save_file(backbone.value_head.state_dict(), made / "value_head.safetensors")
         replace_folder(made, folder)

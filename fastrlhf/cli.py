@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("fastrlhf: interrupted; the run's folder keeps what was written", file=sys.stderr)
+        print("fastrlhf: interrupted; what was written is in the run's folder", file=sys.stderr)
         return 130
 
 
@@ -80,10 +80,16 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
     config = load_config(recipe, settings)
     # Imported when the settings are known to be good: torch and transformers take seconds.
+    from fastrlhf_kernels import VocabTensorError
+
     from .trainer import PPOTrainer
 
     name = Path(recipe).stem if recipe else "ppo"
-    summary = PPOTrainer(args=config, name=name, started=started).train()
+    print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
+    try:
+        summary = PPOTrainer(args=config, name=name, started=started).train()
+    except VocabTensorError as error:
+        raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
     return 0
 

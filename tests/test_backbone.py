@@ -85,6 +85,27 @@ def test_gradients_reach_the_policy_and_spare_the_trunk():
     assert b.head.weight.grad is None
 
 
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_checkpointed_layers_are_run_again_in_their_role(role):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        b = backbone(critic="adapter", gradient_checkpointing=checkpointing)
+        disturb(b)
+        b.hidden(role, b.trunk(TOKENS, MASK), MASK).square().sum().backward()
+        gradients.append({n: p.grad for n, p in b.named_parameters() if p.grad is not None})
+    plain, again = gradients
+    assert plain.keys() == again.keys() and len(plain) == 7 * 2 * 2
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name])
+
+
+def test_an_adapter_critic_is_saved_with_its_adapter(tmp_path):
+    save_weights(backbone(critic="adapter"), tmp_path / "final")
+    assert (tmp_path / "final/critic/adapter_model.safetensors").exists()
+    assert (tmp_path / "final/value_head.safetensors").exists()
+
+
 def test_values_start_at_zero():
     b = backbone()
     hidden = states(b, "policy")
@@ -100,7 +121,6 @@ def test_gpt2_runs_whole_and_says_so():
     config = GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     with pytest.warns(UserWarning, match="run whole"):
         b = SharedBackbone(GPT2LMHeadModel(config).eval(), train_layers=1)
-    assert b.context == 64
     before = states(b, "reference")
     disturb(b)
     assert torch.equal(states(b, "reference"), before)

