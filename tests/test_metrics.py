@@ -1,0 +1,79 @@
+"""A run's folder belongs to one run, and its figures mean what their names say."""
+
+import json
+import time
+
+import pytest
+
+from fastrlhf.errors import UserError
+from fastrlhf.metrics import PhaseTimer, RunFolder, peak_memory_mb
+from fastrlhf.plot import plot_run
+
+
+def test_free_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
+        folder = RunFolder(None, "demo")
+        assert not folder.path.exists(), "nothing is made before make()"
+        folder.make()
+        assert str(folder.path) == expected
+
+
+def test_two_runs_never_share_a_numbered_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = RunFolder(None, "demo"), RunFolder(None, "demo")
+    first.make()
+    with pytest.raises(UserError, match="cannot be written"):
+        second.make()
+
+
+def test_a_folder_without_a_step_may_be_used_again(tmp_path):
+    RunFolder(str(tmp_path / "run"), "demo").make()
+    folder = RunFolder(str(tmp_path / "run"), "demo")
+    folder.make()
+    folder.write_metrics({"step": 1})
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder(str(tmp_path / "run"), "demo")
+
+
+def test_a_path_through_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another output_dir"):
+        RunFolder(str(tmp_path / "file" / "run"), "demo")
+
+
+def test_metrics_are_whole_lines(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"), "demo")
+    folder.make()
+    for step in (1, 2):
+        folder.write_metrics({"step": step, "text": "π"})
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert folder.read_metrics()[1]["text"] == "π"
+
+
+def test_phases_add_up():
+    seen = []
+    timer = PhaseTimer(seen.append)
+    for _ in range(2):
+        with timer("rollout"):
+            time.sleep(0.02)
+    taken = timer.take_step()
+    assert seen == ["rollout", "rollout"]
+    assert 0.04 <= taken["time/rollout"] < 1
+    assert timer.take_step() == {}
+    assert timer.total["rollout"] == taken["time/rollout"]
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = peak_memory_mb()
+    block = bytearray(200 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert before + 150 < peak_memory_mb() < 100_000
+
+
+def test_a_run_of_one_step_has_a_plot(tmp_path):
+    line = {"episode": 64, "objective/scores": -0.1, "objective/kl": 0.0,
+            "objective/entropy": 3.0, "policy/clipfrac": 0.0}  # fmt: skip
+    path = plot_run([line], tmp_path / "plot.png", title="one", held_out=(-0.1, 0.4))
+    assert path.read_bytes().startswith(b"\x89PNG")
