@@ -46,7 +46,7 @@ class Display:
         self.begun = time.perf_counter()
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             PhaseColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -70,11 +70,9 @@ class Display:
 
     def step(self, number: int, line: Mapping[str, Any]) -> None:
         """A step has ended with the metrics ``line``."""
-        figures = (
-            f"score {line['objective/scores']:+.3f} · KL {line['objective/kl']:.2f} · "
-            f"entropy {line['objective/entropy']:.2f} · clipped {line['policy/clipfrac']:.1%}"
-        )
-        self.progress.update(self.task, completed=number, figures=figures)
+        score, kl = line["objective/scores"], line["objective/kl"]
+        # Short enough for the bar's line in a terminal of 80 columns.
+        self.progress.update(self.task, completed=number, figures=f"score {score:+.2f} KL {kl:.1f}")
         if not self.console.is_terminal:
             times = " ".join(
                 f"{key.removeprefix('time/')} {value:.1f}s"
@@ -82,6 +80,10 @@ class Display:
                 if key.startswith("time/")
             )
             elapsed = time.perf_counter() - self.begun
+            figures = (
+                f"score {score:+.3f} · KL {kl:.2f} · entropy {line['objective/entropy']:.2f} · "
+                f"clipped {line['policy/clipfrac']:.1%}"
+            )
             print(
                 f"step {number}/{self.steps} · {figures} · {times} · {elapsed:.0f}s",
                 file=sys.stderr,
