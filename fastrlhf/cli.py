@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Settings given as `key=value`, `--key=value` or `--key value`."""
+    """Settings given as `key=value`, `--key=value`, `--key value`, or `--key` for true."""
     pairs = []
     left = list(words)
     while left:
@@ -70,9 +71,9 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
         if not equals:
             if not word.startswith("--"):
                 raise UserError(f"{word!r} is not a setting; write key=value or --key value")
-            if not left:
-                raise UserError(f"{word} needs a value")
-            value = left.pop(0)
+            # A bare flag switches on: `--audit`.
+            bare = not left or re.match("--|[a-z_]+=", left[0])
+            value = "true" if bare else left.pop(0)
         pairs.append((key.replace("-", "_"), value))
     return pairs
 

@@ -55,7 +55,7 @@ def test_a_run_prints_one_line_of_json(capsys, small, tmp_path):
         ("kl_coff=1", "did you mean 'kl_coef'"),
         ("--kl-coff=1", "did you mean 'kl_coef'"),
         ("sentiment", "write key=value"),
-        ("--kl-coef", "needs a value"),
+        ("--kl-coef", "kl_coef: True does not fit; it must be float"),
         ("model=nowhere/at-all", "model 'nowhere/at-all' cannot be loaded"),
         ("dataset=nowhere.jsonl", "no data set 'nowhere.jsonl'"),
         ("reward=sentimant", "did you mean 'sentiment'"),
@@ -77,8 +77,8 @@ def test_bad_input_is_one_sentence(capsys, small, tmp_path, monkeypatch, word, m
 
 
 def test_settings_in_all_three_forms():
-    assert overrides(["--kl-coef", "1", "--lam=2", "gamma=3"]) == [
-        ("kl_coef", "1"), ("lam", "2"), ("gamma", "3"),
+    assert overrides(["--kl-coef", "1", "--lam=2", "--audit", "--bf16", "gamma=3"]) == [
+        ("kl_coef", "1"), ("lam", "2"), ("audit", "true"), ("bf16", "true"), ("gamma", "3"),
     ]  # fmt: skip
     with pytest.raises(UserError):
         overrides(["kl_coef"])
