@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError
@@ -65,6 +65,8 @@ class SharedBackbone(nn.Module):
         lora: the adapters' size.
         train_layers: how many top layers carry adapters, or "all".
         critic: "shared", "adapter", or None for algorithms without values.
+        gradient_checkpointing: recompute the trained layers' activations in the backward.
+        tokenizer: the model's, kept beside it for whoever trains.
 
     Raises:
         UserError: more trained layers than the model has.
@@ -78,8 +80,10 @@ class SharedBackbone(nn.Module):
         train_layers: int | Literal["all"] = "all",
         critic: Literal["shared", "adapter"] | None = "shared",
         gradient_checkpointing: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        self.tokenizer = tokenizer
         config = model.config
         depth = config.get_text_config().num_hidden_layers
         top = depth if train_layers == "all" else train_layers
@@ -115,12 +119,12 @@ class SharedBackbone(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
-        **settings,
-    ) -> tuple[SharedBackbone, object]:
-        """Load a model and its tokenizer; ``settings`` are those of the constructor."""
+        **settings: Any,
+    ) -> SharedBackbone:
+        """Load a model with its tokenizer; ``settings`` are those of the constructor."""
         found = find_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         model = found.load(dtype=dtype, device=device)
-        return cls(model, **settings).to(device), found.tokenizer
+        return cls(model, tokenizer=found.tokenizer, **settings).to(device)
 
     @property
     def device(self) -> torch.device:

@@ -70,7 +70,7 @@ class PPOTrainer:
         args: the settings. Its `model`, `dataset` and `reward` stand in for arguments left out.
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
-        processing_class: the tokenizer; needed when `model` is a backbone.
+        processing_class: the tokenizer, if not the model's own.
         name: of the run, for its folder and plot.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
 
@@ -123,6 +123,7 @@ class PPOTrainer:
         self, model: str | SharedBackbone, tokenizer: Any
     ) -> tuple[SharedBackbone | Pretrained, Any]:
         if isinstance(model, SharedBackbone):
+            tokenizer = tokenizer if tokenizer is not None else model.tokenizer
             if tokenizer is None:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
             if self.algorithm.needs_critic and model.critic is None:

@@ -140,3 +140,9 @@ def test_saved_adapter_loads_with_peft(tmp_path):
         ours = b.head.logits(hidden)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not list((tmp_path / "checkpoints").glob(".*")), "temporary folders are left behind"
+
+
+def test_from_pretrained_brings_its_tokenizer(tmp_path):
+    b = SharedBackbone.from_pretrained(str(tiny.folder(tmp_path)), train_layers=1, critic=None)
+    assert b.tokenizer is not None and b.tokenizer.eos_token_id == 0
+    assert b.value_head is None and b.halves.split == 3
