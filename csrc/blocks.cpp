@@ -1,5 +1,6 @@
 #include "blocks.h"
 
+#include <cstring>
 #include <limits>
 
 #include "vector_math.h"
@@ -12,6 +13,39 @@
 #endif
 
 namespace fastrlhf {
+
+FASTRLHF_CLONES
+void block_read(const void* row, Type type, std::int64_t start, std::int64_t n, float* z) {
+  if (type == Type::kFloat32) {
+    std::memcpy(z, static_cast<const float*>(row) + start,
+                static_cast<std::size_t>(n) * sizeof(float));
+    return;
+  }
+  const std::uint16_t* half = static_cast<const std::uint16_t*>(row) + start;
+  if (type == Type::kBFloat16) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) z[j] = from_bfloat16(half[j]);
+  } else {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) z[j] = from_float16(half[j]);
+  }
+}
+
+FASTRLHF_CLONES
+void block_write(const float* z, std::int64_t n, void* row, Type type, std::int64_t start) {
+  if (type == Type::kFloat32) {
+    std::memcpy(static_cast<float*>(row) + start, z, static_cast<std::size_t>(n) * sizeof(float));
+    return;
+  }
+  std::uint16_t* half = static_cast<std::uint16_t*>(row) + start;
+  if (type == Type::kBFloat16) {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) half[j] = to_bfloat16(z[j]);
+  } else {
+#pragma omp simd
+    for (std::int64_t j = 0; j < n; ++j) half[j] = to_float16(z[j]);
+  }
+}
 
 FASTRLHF_CLONES
 void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transform& transform) {

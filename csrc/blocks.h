@@ -9,6 +9,11 @@ namespace fastrlhf {
 // Columns per block: sums run in float32 inside a block and in double across blocks.
 constexpr std::int64_t kBlock = 1024;
 
+// The type of numbers that a caller owns; arithmetic is in float32.
+enum class Type : int { kFloat32, kBFloat16, kFloat16 };
+
+inline std::int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
 struct Transform {
   const float* bias;   // per column, or null
   float logit_scale;
@@ -26,6 +31,10 @@ struct GradientRow {
   float reverse;                               // coefficient of P - P_ref
   float scale, cap_slope;                      // cap_slope: temperature / softcap, or 0
 };
+
+// z <- row[start ... start + n], raised to float32, and row[start ... start + n] <- z, rounded
+void block_read(const void* row, Type type, std::int64_t start, std::int64_t n, float* z);
+void block_write(const float* z, std::int64_t n, void* row, Type type, std::int64_t start);
 
 // z <- softcap * tanh(logit_scale * (z + bias) / softcap) / temperature
 void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transform& transform);

@@ -3,11 +3,26 @@
 #include <algorithm>
 #include <cstring>
 
+#include "reader.h"
 #include "rows.h"
 
 namespace fastrlhf {
 
 namespace {
+
+bool is_zero(const float* coefficients) {
+  return coefficients[0] == 0.0f && coefficients[1] == 0.0f && coefficients[2] == 0.0f;
+}
+
+// coefficients: dL/dlogprob, dL/dentropy, dL/dkl.
+GradientRow gradient_row(const TableRow& t, const float* coefficients, bool is_reverse,
+                         float scale, float cap_slope) {
+  const float a = coefficients[0], b = coefficients[1], c = coefficients[2];
+  const float forward = is_reverse ? 0.0f : c, reverse = is_reverse ? c : 0.0f;
+  return {t.max, t.log_sum, t.ref_max, t.ref_log_sum,
+          -a - b * t.entropy - forward * t.kl, forward - b, -forward, reverse,
+          scale, cap_slope};
+}
 
 void one_row(float* z, const float* ref, std::int64_t columns, std::int64_t target,
              float on_target, const GradientRow& row) {
@@ -25,18 +40,49 @@ void one_row(float* z, const float* ref, std::int64_t columns, std::int64_t targ
 void row_gradient(const Rows& rows, const TableRow* table, const float* coefficients) {
 #pragma omp parallel for num_threads(rows.threads) schedule(static)
   for (std::int64_t i = 0; i < rows.rows; ++i) {
-    const float a = coefficients[3 * i], b = coefficients[3 * i + 1], c = coefficients[3 * i + 2];
-    if (a == 0.0f && b == 0.0f && c == 0.0f) continue;
-    const TableRow& t = table[i];
+    const float* row_coefficients = coefficients + 3 * i;
+    if (is_zero(row_coefficients)) continue;
     const float temperature = rows.temperature[i];
-    const float forward = rows.reverse ? 0.0f : c, reverse = rows.reverse ? c : 0.0f;
-    const GradientRow row{
-        t.max, t.log_sum, t.ref_max, t.ref_log_sum,
-        -a - b * t.entropy - forward * t.kl, forward - b, -forward, reverse,
-        rows.logit_scale / temperature, rows.softcap == 0.0f ? 0.0f : temperature / rows.softcap};
+    const float cap_slope = rows.softcap == 0.0f ? 0.0f : temperature / rows.softcap;
+    const GradientRow row = gradient_row(table[i], row_coefficients, rows.reverse,
+                                         rows.logit_scale / temperature, cap_slope);
     // Without a KL coefficient the reference need not be read.
-    const float* ref = rows.ref_logits && c != 0.0f ? rows.ref_logits + i * rows.stride : nullptr;
-    one_row(rows.logits + i * rows.stride, ref, rows.columns, rows.targets[i], a, row);
+    const bool uses_reference = rows.ref_logits && row_coefficients[2] != 0.0f;
+    const float* ref = uses_reference ? rows.ref_logits + i * rows.stride : nullptr;
+    one_row(rows.logits + i * rows.stride, ref, rows.columns, rows.targets[i],
+            row_coefficients[0], row);
+  }
+}
+
+void logit_gradient(const GivenRows& rows, const TableRow* table, const float* coefficients,
+                    const GradientRows& gradient) {
+  const std::int64_t size = size_of(gradient.type);
+#pragma omp parallel for num_threads(rows.threads) schedule(static)
+  for (std::int64_t i = 0; i < rows.rows; ++i) {
+    const float* row_coefficients = coefficients + 3 * i;
+    char* out = gradient.row(i);
+    const bool skipped = is_zero(row_coefficients);
+    // Zero has the same bits in every type.
+    const std::int64_t written = skipped ? 0 : rows.columns;
+    std::memset(out + written * size, 0,
+                static_cast<std::size_t>((gradient.width - written) * size));
+    if (skipped) continue;
+    const float temperature = rows.temperature[i];
+    const GradientRow row =
+        gradient_row(table[i], row_coefficients, rows.reverse, 1.0f / temperature, 0.0f);
+    const bool uses_reference = rows.ref_logits.data && row_coefficients[2] != 0.0f;
+    RowReader z(rows.logits.row(i), rows.logits.type, temperature);
+    RowReader ref(uses_reference ? rows.ref_logits.row(i) : nullptr, rows.ref_logits.type,
+                  temperature);
+    const std::int64_t target = rows.targets[i];
+    for (std::int64_t start = 0; start < rows.columns; start += kBlock) {
+      const std::int64_t n = std::min(kBlock, rows.columns - start);
+      float* block = z.copy(start, n);
+      block_gradient(block, uses_reference ? ref.block(start, n) : nullptr, n, row);
+      if (target >= start && target < start + n)
+        block[target - start] += row_coefficients[0] * row.scale;
+      block_write(block, n, out, gradient.type, start);
+    }
   }
 }
 

@@ -7,8 +7,11 @@
 #include "rows.h"
 
 namespace nb = nanobind;
+using fastrlhf::GivenRows;
+using fastrlhf::LogitRows;
 using fastrlhf::Rows;
 using fastrlhf::TableRow;
+using fastrlhf::Type;
 
 namespace {
 
@@ -40,6 +43,34 @@ void row_gradient(Address logits, Address ref_logits, std::int64_t rows, std::in
   fastrlhf::row_gradient(work, at<const TableRow>(table), at<const float>(coefficients));
 }
 
+LogitRows logit_rows(Address data, int type, Address offsets) {
+  return {at<const void>(data), static_cast<Type>(type), at<const std::int64_t>(offsets)};
+}
+
+void logit_statistics(Address logits, int type, Address offsets, Address ref_logits, int ref_type,
+                      Address ref_offsets, std::int64_t rows, std::int64_t columns,
+                      Address targets, Address used, Address temperature, Address table,
+                      bool reverse, int threads) {
+  const GivenRows work{logit_rows(logits, type, offsets),
+                       logit_rows(ref_logits, ref_type, ref_offsets), rows, columns,
+                       at<const std::int64_t>(targets), at<const float>(temperature), reverse,
+                       threads};
+  fastrlhf::logit_statistics(work, at<const bool>(used), at<TableRow>(table));
+}
+
+void logit_gradient(Address logits, int type, Address offsets, Address ref_logits, int ref_type,
+                    Address ref_offsets, std::int64_t rows, std::int64_t columns, Address targets,
+                    Address temperature, Address table, Address coefficients, Address gradient,
+                    Address gradient_offsets, std::int64_t width, bool reverse, int threads) {
+  const GivenRows work{logit_rows(logits, type, offsets),
+                       logit_rows(ref_logits, ref_type, ref_offsets), rows, columns,
+                       at<const std::int64_t>(targets), at<const float>(temperature), reverse,
+                       threads};
+  fastrlhf::logit_gradient(work, at<const TableRow>(table), at<const float>(coefficients),
+                           {at<void>(gradient), static_cast<Type>(type),
+                            at<const std::int64_t>(gradient_offsets), width});
+}
+
 void compact_rows(Address logits, Address kept, std::int64_t count, std::int64_t columns,
                   std::int64_t stride, int threads) {
   fastrlhf::compact_rows(at<float>(logits), at<const std::int64_t>(kept), count, columns, stride,
@@ -59,6 +90,8 @@ NB_MODULE(_csrc, module) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
   module.def("row_statistics", &row_statistics, release);
   module.def("row_gradient", &row_gradient, release);
+  module.def("logit_statistics", &logit_statistics, release);
+  module.def("logit_gradient", &logit_gradient, release);
   module.def("compact_rows", &compact_rows, release);
   module.def("sample", &sample, release);
 }

@@ -23,6 +23,40 @@ struct Rows {
   int threads;
 };
 
+// Rows of a tensor that the caller owns: row i starts offsets[i] numbers after `data`, so that any
+// layout with adjacent columns can be read where it lies.
+struct LogitRows {
+  const void* data;  // or null
+  Type type;
+  const std::int64_t* offsets;
+
+  const void* row(std::int64_t i) const {
+    return static_cast<const char*>(data) + offsets[i] * size_of(type);
+  }
+};
+
+struct GivenRows {
+  LogitRows logits, ref_logits;
+  std::int64_t rows, columns;
+  const std::int64_t* targets;
+  const float* temperature;
+  bool reverse;
+  int threads;
+};
+
+// Where the gradient of GivenRows goes: rows of `width` columns, of which the first are theirs. It
+// may be the logits themselves.
+struct GradientRows {
+  void* data;
+  Type type;
+  const std::int64_t* offsets;
+  std::int64_t width;
+
+  char* row(std::int64_t i) const {
+    return static_cast<char*>(data) + offsets[i] * size_of(type);
+  }
+};
+
 // A running maximum and the sums shifted by it.
 struct RunningSum {
   float max;
@@ -36,6 +70,11 @@ struct RunningSum {
 
 void row_statistics(const Rows& rows, const float* bias, const float* ref_bias, TableRow* table);
 void row_gradient(const Rows& rows, const TableRow* table, const float* coefficients);
+// Rows that are not used are neither read nor given a line of the table.
+void logit_statistics(const GivenRows& rows, const bool* used, TableRow* table);
+// Rows whose coefficients are all 0 are not read, and get zeros.
+void logit_gradient(const GivenRows& rows, const TableRow* table, const float* coefficients,
+                    const GradientRows& gradient);
 void compact_rows(float* logits, const std::int64_t* kept, std::int64_t count,
                   std::int64_t columns, std::int64_t stride, int threads);
 void sample(const float* logits, std::int64_t rows, std::int64_t columns, std::int64_t stride,

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "reader.h"
 #include "rows.h"
 
 namespace fastrlhf {
@@ -34,25 +35,34 @@ void block_into(RunningSum& running, const float* z, std::int64_t n, float* e) {
   running.moment += moment;
 }
 
-TableRow one_row(float* z, float* ref, std::int64_t columns, std::int64_t target, bool reverse,
-                 const Transform& transform, const Transform& ref_transform) {
+// A row of the workspace: what is read stays behind transformed.
+struct OwnRow {
+  float* z;
+  Transform transform;
+
+  const float* block(std::int64_t start, std::int64_t n) {
+    if (!transform.is_identity()) block_transform(z + start, n, start, transform);
+    return z + start;
+  }
+  float at(std::int64_t column) { return z[column]; }
+};
+
+// Row: OwnRow or RowReader; `ref` may be null.
+template <typename Row>
+TableRow one_row(Row& z, Row* ref, std::int64_t columns, std::int64_t target, bool reverse) {
   alignas(64) float e[kBlock], ref_e[kBlock];
   RunningSum policy, reference;
   double cross = 0.0;
-  const bool move = !transform.is_identity();
-  const bool ref_move = ref && !ref_transform.is_identity();
   for (std::int64_t start = 0; start < columns; start += kBlock) {
     const std::int64_t n = std::min(kBlock, columns - start);
-    float* x = z + start;
-    if (move) block_transform(x, n, start, transform);
+    const float* x = z.block(start, n);
     const float max = block_max(x, n);
     if (!ref) {
       policy.raise(max);
       block_into(policy, x, n, e);
       continue;
     }
-    float* y = ref + start;
-    if (ref_move) block_transform(y, n, start, ref_transform);
+    const float* y = ref->block(start, n);
     const float ref_max = block_max(y, n);
     if (reverse) {
       raise_pair(reference, ref_max, policy, max, cross);
@@ -66,7 +76,7 @@ TableRow one_row(float* z, float* ref, std::int64_t columns, std::int64_t target
   }
   const double log_sum = std::log(policy.sum);
   TableRow row{policy.max, static_cast<float>(log_sum), 0, 0, 0, 0, 0, 0};
-  row.logprob = at_most((static_cast<double>(z[target]) - policy.max) - log_sum, 0.0);
+  row.logprob = at_most((static_cast<double>(z.at(target)) - policy.max) - log_sum, 0.0);
   row.entropy = at_least(log_sum - policy.moment / policy.sum, 0.0);
   if (ref) {
     const double ref_log_sum = std::log(reference.sum);
@@ -76,7 +86,7 @@ TableRow one_row(float* z, float* ref, std::int64_t columns, std::int64_t target
     row.ref_log_sum = static_cast<float>(ref_log_sum);
     row.kl = at_least(gap, 0.0);
     row.ref_logprob =
-        at_most((static_cast<double>(ref[target]) - reference.max) - ref_log_sum, 0.0);
+        at_most((static_cast<double>(ref->at(target)) - reference.max) - ref_log_sum, 0.0);
   }
   return row;
 }
@@ -103,11 +113,24 @@ void row_statistics(const Rows& rows, const float* bias, const float* ref_bias, 
 #pragma omp parallel for num_threads(rows.threads) schedule(static)
   for (std::int64_t i = 0; i < rows.rows; ++i) {
     const float temperature = rows.temperature[i];
-    const Transform transform{bias, rows.logit_scale, rows.softcap, temperature};
-    const Transform ref_transform{ref_bias, rows.logit_scale, rows.softcap, temperature};
-    float* ref = rows.ref_logits ? rows.ref_logits + i * rows.stride : nullptr;
-    table[i] = one_row(rows.logits + i * rows.stride, ref, rows.columns, rows.targets[i],
-                       rows.reverse, transform, ref_transform);
+    float* ref_logits = rows.ref_logits ? rows.ref_logits + i * rows.stride : nullptr;
+    OwnRow row{rows.logits + i * rows.stride, {bias, rows.logit_scale, rows.softcap, temperature}};
+    OwnRow ref{ref_logits, {ref_bias, rows.logit_scale, rows.softcap, temperature}};
+    table[i] = one_row(row, ref_logits ? &ref : nullptr, rows.columns, rows.targets[i],
+                       rows.reverse);
+  }
+}
+
+void logit_statistics(const GivenRows& rows, const bool* used, TableRow* table) {
+  const bool has_reference = rows.ref_logits.data != nullptr;
+#pragma omp parallel for num_threads(rows.threads) schedule(static)
+  for (std::int64_t i = 0; i < rows.rows; ++i) {
+    if (!used[i]) continue;
+    RowReader row(rows.logits.row(i), rows.logits.type, rows.temperature[i]);
+    RowReader ref(has_reference ? rows.ref_logits.row(i) : nullptr, rows.ref_logits.type,
+                  rows.temperature[i]);
+    table[i] = one_row(row, has_reference ? &ref : nullptr, rows.columns, rows.targets[i],
+                       rows.reverse);
   }
 }
 

@@ -1,4 +1,5 @@
-// Elementary functions without branches or calls, so that the loops around them vectorise.
+// Elementary functions and conversions without branches or calls, so that the loops around them
+// vectorise.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +53,47 @@ FASTRLHF_INLINE float tanh_small(float x) {
   const float near = p * z * x + x;
   const float signed_far = x < 0.0f ? -far : far;
   return size < 0.625f ? near : signed_far;
+}
+
+FASTRLHF_INLINE float as_float(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FASTRLHF_INLINE std::uint32_t as_bits(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FASTRLHF_INLINE float from_bfloat16(std::uint16_t half) {
+  return as_float(static_cast<std::uint32_t>(half) << 16);
+}
+
+// To the nearest, ties to even, as all conversions here.
+FASTRLHF_INLINE std::uint16_t to_bfloat16(float x) {
+  const std::uint32_t bits = as_bits(x);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<std::uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+FASTRLHF_INLINE float from_float16(std::uint16_t half) {
+  // The multiplication moves the exponent's bias from 15 to 127, for subnormal numbers as well.
+  const float size = as_float((half & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112
+  const std::uint32_t not_finite = size >= 65536.0f ? 0x7f800000u : 0u;
+  return as_float(as_bits(size) | not_finite | (half & 0x8000u) << 16);
+}
+
+FASTRLHF_INLINE std::uint16_t to_float16(float x) {
+  const std::uint32_t sign = as_bits(x) & 0x80000000u, bits = as_bits(x) ^ sign;
+  // The exponent's bias moves from 127 to 15; a carry out of the mantissa belongs into it.
+  const std::uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  // Adding 0.5 leaves a subnormal number's bits, rounded, at the low end of the mantissa.
+  const std::uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
+  const std::uint32_t beyond = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const std::uint32_t finite = bits < (113u << 23) ? subnormal : normal;
+  return static_cast<std::uint16_t>((bits >= (143u << 23) ? beyond : finite) | sign >> 16);
 }
 
 }  // namespace fastrlhf

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, _cpu, linear_logprobs, linear_policy_loss
+from fastrlhf_kernels import PolicyLossSpec, _cpu, linear_logprobs, linear_policy_loss, logprobs
 
 cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 
@@ -44,6 +44,35 @@ def test_linear_logprobs(head_problem, case):
     given = {"hidden": p.hidden, "weight": p.weight, "targets": p.targets, **change(p)}
     with pytest.raises(ValueError, match=says):
         linear_logprobs(**given)
+
+
+LOGITS = {
+    "rank": (lambda z, t: {"logits": z[0]}, r"logits \[1003\]"),
+    "rows": (lambda z, t: {"targets": t[1:]}, r"targets \[12\]"),
+    "no columns": (lambda z, t: {"logits": z[:, :0]}, r"logits \[13, 0\]"),
+    "integers": (lambda z, t: {"targets": t.int()}, r"int64.*targets \[13\] int32"),
+    "type": (lambda z, t: {"logits": z.long()}, r"logits \[13, 1003\] int64"),
+    "ref": (lambda z, t: {"ref_logits": z[:, 1:]}, r"ref_logits \[13, 1002\]"),
+    "too large": (lambda z, t: {"targets": t * 0 + 1003}, r"1003 of row 0 is outside"),
+    "negative": (lambda z, t: {"ignore_index": -1}, r"-100 of row 1 .*targets \[13\]"),
+    "beyond valid": (lambda z, t: {"targets": t * 0 + 950, "valid_vocab": 950}, r"\[0, 950\)"),
+    "valid_vocab": (lambda z, t: {"valid_vocab": 1004}, r"valid_vocab=1004.*\[13, 1003\]"),
+    "temperature": (lambda z, t: {"temperature": 0.0}, "temperature"),
+    "temperatures": (lambda z, t: {"temperature": torch.ones(5)}, r"temperature \[5\]"),
+    "direction": (lambda z, t: {"kl_direction": "backward"}, "forward, reverse"),
+    "devices": (lambda z, t: {"ref_logits": z.to("meta")}, "on meta"),
+    "backend": (lambda z, t: {"backend": "cuda"}, "allowed are auto"),
+    "float64": (lambda z, t: {"logits": z.double(), "backend": "cpu"}, "float64 has 'reference'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOGITS)
+def test_logprobs(case):
+    logits, targets = torch.randn(13, 1003), torch.arange(13)
+    targets[1] = -100
+    change, says = LOGITS[case]
+    with pytest.raises(ValueError, match=says):
+        logprobs(**{"logits": logits, "targets": targets, **change(logits, targets)})
 
 
 POLICY_LOSS = {

@@ -9,6 +9,7 @@ from .advantages import gae, whiten
 from .audit import VocabTensorError, forbid_vocab_tensors
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import linear_policy_loss
+from .logprobs import logprobs
 from .policy_loss import policy_loss, value_loss
 from .sampling import TruncatedSamplingWarning, sample
 
@@ -25,6 +26,7 @@ __all__ = [
     "gae",
     "linear_logprobs",
     "linear_policy_loss",
+    "logprobs",
     "policy_loss",
     "sample",
     "value_loss",

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _cpu
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+KL_DIRECTIONS = ("forward", "reverse")
 
 
 @cache
@@ -128,6 +129,37 @@ def check_targets(op: str, targets: Tensor, used: Tensor, vocab: int) -> None:
         )
 
 
+def _valid_columns(op: str, valid_vocab: int | None, vocab: int, shapes: str) -> int:
+    if valid_vocab is not None and not 0 < valid_vocab <= vocab:
+        raise ValueError(f"{op}: valid_vocab={valid_vocab} must lie in [1, {vocab}], got {shapes}")
+    return vocab if valid_vocab is None else valid_vocab
+
+
+def check_logits(
+    op: str,
+    logits: Tensor,
+    targets: Tensor,
+    ref_logits: Tensor | None,
+    *,
+    valid_vocab: int | None,
+    kl_direction: str,
+) -> int:
+    """Ranks, sizes and options of rows of logits; returns the number of valid columns."""
+    shapes = describe(logits=logits, targets=targets, ref_logits=ref_logits)
+    if logits.dim() < 1 or not logits.shape[-1] or logits.shape[:-1] != targets.shape:
+        raise ValueError(f"{op}: logits is [..., V] and targets [...], got {shapes}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets must be int64, got {shapes}")
+    if ref_logits is not None and ref_logits.shape != logits.shape:
+        raise ValueError(f"{op}: ref_logits has the shape of logits, got {shapes}")
+    given = [logits] if ref_logits is None else [logits, ref_logits]
+    if not all(x.dtype == torch.float64 or x.dtype in _cpu.TYPES for x in given):
+        raise ValueError(f"{op}: logits are float32, bfloat16, float16 or float64, got {shapes}")
+    check_device(op, logits=logits, targets=targets, ref_logits=ref_logits)
+    check_choice(op, "kl_direction", kl_direction, KL_DIRECTIONS)
+    return _valid_columns(op, valid_vocab, logits.shape[-1], shapes)
+
+
 def check_head(
     op: str,
     hidden: Tensor,
@@ -178,9 +210,7 @@ def check_head(
         op, hidden=hidden, weight=weight, targets=targets, bias=bias,
         ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
     )  # fmt: skip
-    check_choice(op, "kl_direction", kl_direction, ("forward", "reverse"))
+    check_choice(op, "kl_direction", kl_direction, KL_DIRECTIONS)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap={softcap!r} must be > 0 or None")
-    if valid_vocab is not None and not 0 < valid_vocab <= vocab:
-        raise ValueError(f"{op}: valid_vocab={valid_vocab} must lie in [1, {vocab}], got {shapes}")
-    return vocab if valid_vocab is None else valid_vocab
+    return _valid_columns(op, valid_vocab, vocab, shapes)

@@ -37,6 +37,10 @@ reference logprob"""
 LOGPROB, ENTROPY, KL, REF_LOGPROB = 4, 5, 6, 7
 
 
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""what logits that belong to the caller may be made of, as csrc numbers them"""
+
+
 def available() -> bool:
     return _csrc is not None
 
@@ -119,6 +123,82 @@ def row_gradient(
         _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
         _pointer(coefficients, torch.float32, (rows, 3)),
         logit_scale, softcap or 0.0, reverse, _threads(logits.numel()),
+    )  # fmt: skip
+
+
+def _row_offsets(x: Tensor) -> Tensor:
+    """Where each row of x [..., V] starts, in elements from its first; [N] for any strides."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(size)
+    return offsets.reshape(-1)
+
+
+def _place(x: Tensor | None, offsets: Tensor) -> tuple[int, int, int]:
+    if x is None:
+        return 0, 0, 0
+    assert x.device.type == "cpu" and (x.stride(-1) == 1 or x.shape[-1] == 1)
+    return x.data_ptr(), TYPES[x.dtype], _pointer(offsets, torch.int64, (offsets.numel(),))
+
+
+def logit_statistics(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    used: Tensor,
+    temperature: Tensor,
+    table: Tensor,
+    *,
+    columns: int,
+    reverse: bool,
+) -> None:
+    """Fill table [N, TABLE_COLUMNS] where used [N], from the first `columns` of logits [..., V].
+
+    The logits are read where they lie, whatever the strides of their leading dimensions, and not
+    changed; rows that are not used are not read.
+    """
+    offsets = _row_offsets(logits)
+    ref_offsets = offsets if ref_logits is None else _row_offsets(ref_logits)
+    rows = offsets.numel()
+    assert ref_logits is None or ref_logits.shape == logits.shape
+    _csrc.logit_statistics(
+        *_place(logits, offsets), *_place(ref_logits, ref_offsets), rows, columns,
+        _pointer(targets, torch.int64, (rows,)), _pointer(used, torch.bool, (rows,)),
+        _pointer(temperature, torch.float32, (rows,)),
+        _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
+        reverse, _threads(logits.numel()),
+    )  # fmt: skip
+
+
+def logit_gradient(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    table: Tensor,
+    coefficients: Tensor,
+    gradient: Tensor,
+    *,
+    columns: int,
+    reverse: bool,
+) -> None:
+    """Write the gradient of logits [..., V] over all of `gradient`, which may be the logits.
+
+    table: of `logit_statistics`. coefficients [N, 3]: ∂L/∂logprob, ∂L/∂entropy, ∂L/∂kl. Rows whose
+    three are 0 are not read, and get zeros like the columns from `columns` on.
+    """
+    offsets, gradient_offsets = _row_offsets(logits), _row_offsets(gradient)
+    ref_offsets = offsets if ref_logits is None else _row_offsets(ref_logits)
+    rows = offsets.numel()
+    assert gradient.shape == logits.shape and gradient.dtype == logits.dtype
+    gradient_pointer, _, gradient_offsets_pointer = _place(gradient, gradient_offsets)
+    _csrc.logit_gradient(
+        *_place(logits, offsets), *_place(ref_logits, ref_offsets), rows, columns,
+        _pointer(targets, torch.int64, (rows,)), _pointer(temperature, torch.float32, (rows,)),
+        _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
+        _pointer(coefficients, torch.float32, (rows, 3)),
+        gradient_pointer, gradient_offsets_pointer, logits.shape[-1],
+        reverse, _threads(logits.numel()),
     )  # fmt: skip
 
 

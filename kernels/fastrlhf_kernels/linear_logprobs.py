@@ -68,16 +68,7 @@ def _reference(
         logit_scale=options.logit_scale, softcap=options.softcap, valid_vocab=options.valid_vocab,
         kl_direction=options.kl_direction, stats=stats,
     )  # fmt: skip
-
-    def scatter(x: Tensor) -> Tensor:
-        return x.new_zeros(inputs.targets.shape).index_copy(0, rows, x)
-
-    return TokenLogprobs(
-        scatter(out.logprobs),
-        scatter(out.entropy),
-        None if out.kl is None else scatter(out.kl),
-        {name: scatter(x) for name, x in out.extra.items()},
-    )
+    return reference.among_zeros(out, rows, inputs.targets.shape)
 
 
 def _shaped(out: TokenLogprobs, shape: torch.Size) -> TokenLogprobs:

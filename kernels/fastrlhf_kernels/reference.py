@@ -80,6 +80,17 @@ def token_statistics(
     return TokenLogprobs(logprobs, _at_least(entropy, 0.0), kl, extra), ref_logprobs
 
 
+def among_zeros(out: TokenLogprobs, rows: Tensor, shape: torch.Size) -> TokenLogprobs:
+    """Statistics of `rows` at their places among the flattened rows of `shape`, and 0 elsewhere."""
+
+    def put(x: Tensor) -> Tensor:
+        return x.new_zeros(shape.numel()).index_copy(0, rows, x).reshape(shape)
+
+    kl = None if out.kl is None else put(out.kl)
+    extra = {name: put(x) for name, x in out.extra.items()}
+    return TokenLogprobs(put(out.logprobs), put(out.entropy), kl, extra)
+
+
 def linear_statistics(
     hidden: Tensor,
     weight: Tensor,
