@@ -52,6 +52,7 @@ class LoraSettings:
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=0.0,
             target_modules=sorted(linear),
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in decoder.modules()),
             layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )
