@@ -42,7 +42,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
     """Replace the rows of ``bench/results/<name>.jsonl``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row | stamp()) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(stamp() | row) + "\n" for row in rows))
     return path
 
 

@@ -28,8 +28,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     started = time.perf_counter()
-    # OpenMP's threads wait for each other by spinning, by default for so long that a second busy
-    # program makes everything a hundred times slower. Read when torch loads the library.
+    # OpenMP's threads wait for each other by spinning, by default for so long that beside a second
+    # busy program a run all but stands still (bench/NOTES.md). Read when torch loads the library.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="fastrlhf", description="RLHF for one memory-constrained GPU, or none."

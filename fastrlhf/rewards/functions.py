@@ -7,6 +7,7 @@ completion that it does not judge (which then does not train). The convention is
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -36,19 +37,15 @@ def sentiment(completions: Sequence[str], **_: object) -> list[float]:
     return [analyzer.polarity_scores(text)["compound"] for text in completions]
 
 
-_VADER: list = []
-
-
+@functools.cache
 def vader():
-    if not _VADER:
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as error:
-            raise UserError(
-                "the reward 'sentiment' needs vaderSentiment; run: pip install vaderSentiment"
-            ) from error
-        _VADER.append(SentimentIntensityAnalyzer())
-    return _VADER[0]
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UserError(
+            "the reward 'sentiment' needs vaderSentiment; run: pip install vaderSentiment"
+        ) from error
+    return SentimentIntensityAnalyzer()
 
 
 REWARDS: dict[str, RewardFunction] = {"sentiment": sentiment}
