@@ -11,6 +11,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from ._records import TABLE_COLUMNS
+
 
 class MissingKernelsWarning(UserWarning):
     """The compiled CPU kernels are not there, so `auto` takes the reference."""
@@ -30,12 +32,6 @@ except ModuleNotFoundError as missing:
         MissingKernelsWarning,
         stacklevel=3,  # whoever imports the package
     )
-
-TABLE_COLUMNS = 8
-"""float32 per row: max and log-sum of the logits, the same of the reference, logprob, entropy, kl,
-reference logprob"""
-LOGPROB, ENTROPY, KL, REF_LOGPROB = 4, 5, 6, 7
-
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """what logits that belong to the caller may be made of, as csrc numbers them"""

@@ -16,6 +16,11 @@ LOSSES = ("ppo_clip", "reinforce")
 KL_ESTIMATORS = ("exact", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
+TABLE_COLUMNS = 8
+"""float32 per row: max and log-sum of the logits, the same of the reference, logprob, entropy, kl,
+reference logprob"""
+LOGPROB, ENTROPY, KL, REF_LOGPROB = 4, 5, 6, 7
+
 
 class TokenLogprobs(NamedTuple):
     """What the vocabulary knows about each token; shapes are those of `targets`.

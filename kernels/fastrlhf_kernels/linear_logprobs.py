@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _cpu, reference
+from . import reference
 from ._backend import check_choice, check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
-from ._records import TokenLogprobs
+from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -25,15 +25,15 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         head = ChunkedHead(inputs, rows, options)
-        table = torch.empty(rows.numel(), _cpu.TABLE_COLUMNS)
+        table = torch.empty(rows.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             head.statistics(chunk, table[chunk.span])
 
         def scatter(column: int) -> Tensor:
             return torch.zeros(inputs.targets.shape).index_copy_(0, rows, table[:, column])
 
-        kl = None if inputs.ref_hidden is None else scatter(_cpu.KL)
-        return scatter(_cpu.LOGPROB), scatter(_cpu.ENTROPY), kl
+        kl = None if inputs.ref_hidden is None else scatter(KL)
+        return scatter(LOGPROB), scatter(ENTROPY), kl
 
     @staticmethod
     @once_differentiable
@@ -49,7 +49,7 @@ class _LinearLogprobs(torch.autograd.Function):
         active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
         coefficients = coefficients[active]
         head = ChunkedHead(inputs, rows[active], ctx.options)
-        table = torch.empty(active.numel(), _cpu.TABLE_COLUMNS)
+        table = torch.empty(active.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             head.statistics(chunk, table[chunk.span])
             head.backward(chunk, table[chunk.span], coefficients[chunk.span], gradients)

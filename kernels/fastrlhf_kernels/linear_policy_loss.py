@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _cpu, reference
+from . import reference
 from ._backend import check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
-from ._records import LossOutput, LossStats, PolicyLossSpec
+from ._records import (
+    ENTROPY,
+    KL,
+    LOGPROB,
+    REF_LOGPROB,
+    TABLE_COLUMNS,
+    LossOutput,
+    LossStats,
+    PolicyLossSpec,
+)
 from .policy_loss import check_policy_inputs
 
 
@@ -76,7 +85,7 @@ class _Policy:
         """[n, 3] derivatives of the loss in each row's log-probability, entropy and KL."""
         with torch.enable_grad():
             leaves = [x.clone().requires_grad_() for x in _statistics(table)]
-            rows = self.from_table(leaves, table[:, _cpu.REF_LOGPROB], span)
+            rows = self.from_table(leaves, table[:, REF_LOGPROB], span)
             total = self.mean(rows.loss, span)
             return torch.stack(
                 torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True), -1
@@ -84,7 +93,7 @@ class _Policy:
 
 
 def _statistics(table: Tensor) -> list[Tensor]:
-    return [table[:, column] for column in (_cpu.LOGPROB, _cpu.ENTROPY, _cpu.KL)]
+    return [table[:, column] for column in (LOGPROB, ENTROPY, KL)]
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -94,14 +103,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
         needs = tuple(policy.differentiate and needed for needed in ctx.needs_input_grad[:3])
         gradients = HeadGradients(inputs, needs)
         head = ChunkedHead(inputs, policy.rows, policy.options)
-        table = torch.empty(policy.rows.numel(), _cpu.TABLE_COLUMNS)
+        table = torch.empty(policy.rows.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             part = table[chunk.span]
             head.statistics(chunk, part)
             if gradients.needed():
                 head.backward(chunk, part, policy.coefficients(part, chunk.span), gradients)
         ctx.gradients = gradients
-        rows = policy.from_table(_statistics(table), table[:, _cpu.REF_LOGPROB], slice(None))
+        rows = policy.from_table(_statistics(table), table[:, REF_LOGPROB], slice(None))
         loss, stats = reference.reduce_policy_rows(rows, policy.mean)
         ctx.mark_non_differentiable(*stats)
         return loss, *stats

@@ -26,7 +26,7 @@ from ._backend import (
     resolve,
     row_temperature,
 )
-from ._records import TokenLogprobs
+from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 
 
 class _Options(NamedTuple):
@@ -38,7 +38,7 @@ class _Options(NamedTuple):
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, targets, used, temperature, options):
-        table = torch.zeros(targets.numel(), _cpu.TABLE_COLUMNS)
+        table = torch.zeros(targets.numel(), TABLE_COLUMNS)
         _cpu.logit_statistics(
             logits, ref_logits, targets, used, temperature, table,
             columns=options.columns, reverse=options.reverse,
@@ -51,8 +51,8 @@ class _Logprobs(torch.autograd.Function):
         def output(column: int) -> Tensor:
             return table[:, column].clone().reshape(logits.shape[:-1])
 
-        kl = None if ref_logits is None else output(_cpu.KL)
-        return output(_cpu.LOGPROB), output(_cpu.ENTROPY), kl
+        kl = None if ref_logits is None else output(KL)
+        return output(LOGPROB), output(ENTROPY), kl
 
     @staticmethod
     @once_differentiable
