@@ -36,6 +36,14 @@ class Variant(NamedTuple):
     num_stages: int
     matrix: bool
     """a matrix product: it has to compile to matrix instructions"""
+    divisible: tuple[str, ...] = ()
+    """arguments that are multiples of 16 in practice, which a launch compiles for"""
+
+    @property
+    def attrs(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """What ASTSource takes to compile as such a launch does."""
+        names = self.kernel.arg_names
+        return {(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
 
 
 def target_of(device: torch.device) -> str:
