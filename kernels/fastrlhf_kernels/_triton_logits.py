@@ -14,10 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import Variant, tempered
+from ._triton import INTERPRETED, Variant, tempered
 
 PART_COLUMNS = 16_384
-NUM_WARPS = 8
+NUM_WARPS = 4
+
+
+CUTS = tl.constexpr(INTERPRETED)
+SMALLEST = tl.constexpr(2.0**-126)
+"""normal number"""
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in another type, to the nearest and then to the even one."""
+    if CUTS and dtype == tl.bfloat16:
+        # The interpreter cuts the last 16 bits off: half of what they count is added before.
+        bits = tl.where(tl.abs(x) < SMALLEST, 0.0, x).to(tl.int32, bitcast=True)
+        half = tl.where(bits == 0, 0, 0x7FFF + ((bits >> 16) & 1))
+        x = (bits + half).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -69,8 +85,8 @@ def row_start(ptr, offsets_ptr, row, ALIGNED: tl.constexpr):
 
 
 def block_columns(has_reference: bool, head: bool) -> int:
-    """Numbers of a row held at a time: 16 a thread, 8 where there is more to hold than the row."""
-    return 2048 if has_reference or head else 4096
+    """Numbers of a row held at a time: 16 a thread, 8 or 4 where there is more to hold."""
+    return 2048 >> (has_reference + head)
 
 
 def parts_of(columns: int, block: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from ._triton_logits import (
     is_aligned,
     logits_block,
     parts_of,
+    rounded,
     row_offsets,
     row_options,
     row_start,
@@ -103,7 +104,8 @@ def _gradient_kernel(
             if softcap > 0.0:
                 tanh = z / softcap
                 gradient = tl.where(offs < columns, gradient * (1.0 - tanh * tanh), 0.0)
-        tl.store(gradient_row_ptr + offs, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
+        gradient = rounded(gradient, gradient_ptr.dtype.element_ty)
+        tl.store(gradient_row_ptr + offs, gradient, mask=mask)
 
 
 def _launch(

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._triton import Variant
 from ._triton_logits import TYPES, is_aligned, variant
 
-BLOCK = 8192
+BLOCK = 4096
 NUM_WARPS = 16
 MINUS_INFINITY = tl.constexpr(-2_139_095_041)
 """the place of −inf among the ordered integers"""
