@@ -1,0 +1,107 @@
+"""Our ops under other people's trainers: `trl`, `verl`, `openrlhf`.
+
+A module here imports its trainer only when it is asked to patch or to register. It replaces named
+symbols and puts the very same objects back. It refuses versions outside the series that its tests
+were written for: these symbols are private, and a trainer that moved them would train on with its
+own op, unsaid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+__all__ = ["Package", "Patch", "Replacement"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A trainer and the versions that its adapter is written for."""
+
+    name: str
+    """as pip knows it"""
+    series: str
+    """"1.16" stands for every 1.16.x"""
+    tried: tuple[str, ...]
+    """versions that the tests ran with"""
+
+    def require(self) -> str:
+        """The installed version. Raises ImportError where there is none, or one of another series.
+
+        Reads the package's metadata and imports nothing.
+        """
+        wanted = f"{self.name} {self.series}.x (tried with {', '.join(self.tried)})"
+        install = f"pip install '{self.name}=={self.tried[-1]}'"
+        try:
+            found = metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"{self.name} is not installed; needed: {wanted}: {install}") from None
+        if not f"{found}.".startswith(f"{self.series}."):
+            raise ImportError(
+                f"found {self.name} {found}, whose private symbols may differ; "
+                f"needed: {wanted}: {install}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One symbol: wherever one of `owners()` holds `original` as `name`, it is to hold `ours`."""
+
+    owners: Callable[[], Iterable[object]]
+    name: str
+    original: object
+    ours: object
+
+    def swap(self, old: object, new: object) -> int:
+        """Put `new` where `old` is; the number of owners that held it."""
+        holders = [x for x in self.owners() if getattr(x, self.name, None) is old]
+        for owner in holders:
+            setattr(owner, self.name, new)
+        return len(holders)
+
+
+class Patch:
+    """Replacements that are made once, and undone by `undo` or by leaving `with patch.apply():`."""
+
+    def __init__(self, find: Callable[[], Sequence[Replacement]]) -> None:
+        self._find = find
+        self._made: Sequence[Replacement] = ()
+
+    def apply(self) -> Applied:
+        """Make the replacements; where they are made already, change nothing."""
+        if self._made:
+            return Applied(None)
+        self._made = self._find()
+        for replacement in self._made:
+            replacement.swap(replacement.original, replacement.ours)
+        return Applied(self)
+
+    def undo(self) -> None:
+        """Put the original objects back; without `apply`, change nothing.
+
+        Raises RuntimeError where another library has replaced a symbol since: putting the original
+        back would undo that library's patch too.
+        """
+        made, self._made = self._made, ()
+        lost = [x.name for x in made if not x.swap(x.ours, x.original)]
+        if lost:
+            raise RuntimeError(
+                f"{', '.join(lost)} was replaced by other code after patch(), so the original "
+                "cannot be put back; undo that other patch first"
+            )
+
+
+class Applied:
+    """What `patch()` returns: `with patch(): ...` undoes on leaving what this call has done."""
+
+    def __init__(self, patch: Patch | None) -> None:
+        self._patch = patch
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        if self._patch is not None:
+            self._patch.undo()
