@@ -36,7 +36,9 @@ class Package:
         try:
             found = metadata.version(self.name)
         except metadata.PackageNotFoundError:
-            raise ImportError(f"{self.name} is not installed; needed: {wanted}: {install}") from None
+            raise ImportError(
+                f"{self.name} is not installed; needed: {wanted}: {install}"
+            ) from None
         if not f"{found}.".startswith(f"{self.series}."):
             raise ImportError(
                 f"found {self.name} {found}, whose private symbols may differ; "
@@ -54,12 +56,16 @@ class Replacement:
     original: object
     ours: object
 
-    def swap(self, old: object, new: object) -> int:
-        """Put `new` where `old` is; the number of owners that held it."""
-        holders = [x for x in self.owners() if getattr(x, self.name, None) is old]
+    def held(self, value: object) -> list[object]:
+        """The owners that hold `value`."""
+        return [x for x in self.owners() if getattr(x, self.name, None) is value]
+
+    def swap(self, old: object, new: object) -> bool:
+        """Put `new` wherever `old` is; whether it was anywhere."""
+        holders = self.held(old)
         for owner in holders:
             setattr(owner, self.name, new)
-        return len(holders)
+        return bool(holders)
 
 
 class Patch:
@@ -70,7 +76,13 @@ class Patch:
         self._made: Sequence[Replacement] = ()
 
     def apply(self) -> Applied:
-        """Make the replacements; where they are made already, change nothing."""
+        """Make the replacements; where they are made already, change nothing.
+
+        Raises RuntimeError where another library has replaced a symbol since.
+        """
+        lost = [x.name for x in self._made if not x.held(x.ours)]
+        if lost:
+            raise RuntimeError(f"{_taken(lost)}, so it is not patched any more; undo that first")
         if self._made:
             return Applied(None)
         self._made = self._find()
@@ -84,13 +96,16 @@ class Patch:
         Raises RuntimeError where another library has replaced a symbol since: putting the original
         back would undo that library's patch too.
         """
-        made, self._made = self._made, ()
-        lost = [x.name for x in made if not x.swap(x.ours, x.original)]
-        if lost:
+        self._made = [x for x in self._made if not x.swap(x.ours, x.original)]
+        if self._made:
             raise RuntimeError(
-                f"{', '.join(lost)} was replaced by other code after patch(), so the original "
-                "cannot be put back; undo that other patch first"
+                f"{_taken([x.name for x in self._made])}, so the original cannot be put back; "
+                "undo that first, then unpatch() again"
             )
+
+
+def _taken(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} was replaced by other code after patch()"
 
 
 class Applied:

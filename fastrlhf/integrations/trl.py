@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -97,7 +98,7 @@ class ChunkedLogProbs:
 
 def _replacements() -> list[Replacement]:
     TRL.require()
-    from trl.trainer import utils
+    utils = import_module("trl.trainer.utils")
 
     original, uses_triton = utils._ChunkedLogProbFunction, utils._use_triton
     given = tuple(inspect.signature(original.forward).parameters)
