@@ -8,9 +8,11 @@ own op, unsaid.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 __all__ = ["Package", "Patch", "Replacement"]
 
@@ -45,6 +47,15 @@ class Package:
                 f"needed: {wanted}: {install}"
             )
         return found
+
+    def expect(self, where: str, function: Callable[..., object], names: Sequence[str]) -> None:
+        """Raise RuntimeError unless the parameters of `function` are `names`."""
+        found = tuple(inspect.signature(function).parameters)
+        if found != tuple(names):
+            raise RuntimeError(
+                f"{where} takes {found}, expected {tuple(names)}: other code has replaced it, or "
+                f"this {self.name} differs from what was tried ({', '.join(self.tried)})"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,10 @@ class Patch:
         for replacement in self._made:
             replacement.swap(replacement.original, replacement.ours)
         return Applied(self)
+
+    def original(self, name: str) -> Any:
+        """What was there as `name` before."""
+        return next(x.original for x in self._made if x.name == name)
 
     def undo(self) -> None:
         """Put the original objects back; without `apply`, change nothing.

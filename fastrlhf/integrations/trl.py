@@ -17,7 +17,6 @@ the head's weight away between forward and backward.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection
 from importlib import import_module
 from types import ModuleType
@@ -101,13 +100,7 @@ def _replacements() -> list[Replacement]:
     utils = import_module("trl.trainer.utils")
 
     original, uses_triton = utils._ChunkedLogProbFunction, utils._use_triton
-    given = tuple(inspect.signature(original.forward).parameters)
-    if given != SIGNATURE:
-        raise RuntimeError(
-            f"trl.trainer.utils._ChunkedLogProbFunction takes {given}, expected {SIGNATURE}: other "
-            "code has replaced it, or this TRL differs from the versions tried "
-            f"({', '.join(TRL.tried)})"
-        )
+    TRL.expect("trl.trainer.utils._ChunkedLogProbFunction", original.forward, SIGNATURE)
 
     def leaves_rows_out(device: torch.device) -> bool:
         return device.type == "cpu" or uses_triton(device)
