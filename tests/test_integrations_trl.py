@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,7 +104,16 @@ def trained(tmp_path) -> Callable[..., Seen]:
     torch.manual_seed(0)
     folder = tiny.folder(tmp_path / "tiny")
 
-    def train(trainer_class, config_class, rows, *, model=None, measure=False, **settings) -> Seen:
+    def train(
+        trainer_class,
+        config_class,
+        rows,
+        *,
+        model=None,
+        peft_config=None,
+        measure=False,
+        **settings,
+    ) -> Seen:
         defaults = dict(
             output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=1,
             learning_rate=1e-2, optim="sgd", use_cpu=True, bf16=False, seed=0, logging_steps=1,
@@ -114,7 +124,7 @@ def trained(tmp_path) -> Callable[..., Seen]:
         trainer = trainer_class(
             model=str(folder) if model is None else model, args=config_class(**defaults | settings),
             train_dataset=Dataset.from_list(rows), processing_class=tiny.tokenizer(),
-            callbacks=[seen], **given,
+            callbacks=[seen], peft_config=peft_config, **given,
         )  # fmt: skip
         if measure:
             with LivePeak() as memory:
@@ -223,8 +233,9 @@ def test_a_wrong_op_is_noticed(trained, monkeypatch, lost):
         (DPOTrainer, DPOConfig, PAIRS, dict(use_weighting=True)),
         (KTOTrainer, KTOConfig, LABELLED, {}),
         (SFTTrainer, SFTConfig, TEXTS, {}),
+        (DPOTrainer, DPOConfig, PAIRS, dict(peft_config=LoraConfig(target_modules=["q_proj"]))),
     ],
-    ids=["rloo", "dpo", "kto", "sft"],
+    ids=["rloo", "dpo", "kto", "sft", "dpo-lora"],
 )  # fmt: skip
 def test_one_step_of(trainer, config, rows, settings, trained, calls, monkeypatch):
     truth = trained(trainer, config, rows, **settings)
