@@ -14,26 +14,35 @@ if TYPE_CHECKING:
     from .backbone import SharedBackbone
     from .config import PPOConfig, load_config
     from .errors import SelfCheckError, UserError
+    from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
     from .trainer import PPOTrainer, Summary
 
 __all__ = [
+    "LinearLogprobs",
+    "LinearPolicyLoss",
     "PPOConfig",
     "PPOTrainer",
+    "PolicyLoss",
     "SelfCheckError",
     "SharedBackbone",
     "Summary",
     "UserError",
+    "ValueLoss",
     "load_config",
 ]
 __version__ = version("fastrlhf")
 
 HOMES = {
+    "LinearLogprobs": "loss_modules",
+    "LinearPolicyLoss": "loss_modules",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
+    "PolicyLoss": "loss_modules",
     "SelfCheckError": "errors",
     "SharedBackbone": "backbone",
     "Summary": "trainer",
     "UserError": "errors",
+    "ValueLoss": "loss_modules",
     "load_config": "config",
 }
 

@@ -90,7 +90,8 @@ def test_budgets(path):
             body = node.end_lineno - node.body[0].lineno + 1
             docstring = ast.get_docstring(node)
             body -= len(docstring.splitlines()) if docstring else 0
-            assert body <= 60, f"{node.name} has {body} lines"
+            is_kernel = any("triton.jit" in ast.unparse(x) for x in node.decorator_list)
+            assert body <= (120 if is_kernel else 60), f"{node.name} has {body} lines"
 
 
 def test_names_that_say_nothing():

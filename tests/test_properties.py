@@ -29,6 +29,7 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.interpret),
 ]
 searched = settings(max_examples=25, deadline=None, derandomize=True)
+searched_briefly = settings(searched, max_examples=8)  # the interpreter is slow
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(0, 9)
@@ -67,7 +68,7 @@ def test_logprobs(device, backend, seed, n, v, scale, offset, temperature, dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@searched
+@searched_briefly
 @given(
     seeds, sizes, st.integers(1, 40), vocabularies, st.sampled_from(LOSSES),
     st.sampled_from(AGGREGATIONS), st.floats(0, 0.5), st.booleans(),
@@ -106,7 +107,7 @@ def test_linear_policy_loss(device, backend, seed, n, d, v, loss, aggregation, c
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@searched
+@searched_briefly
 @given(seeds, sizes, vocabularies, st.floats(-1e4, 1e4))
 def test_a_bias_on_all_logits_changes_nothing(device, backend, seed, n, v, shift):
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,6 @@ TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda
 
 
-@torch.compiler.assume_constant_result
 def _device_backend(device_type: str, device_index: int | None) -> str:
     if device_type == "cpu":
         return "cpu" if _cpu.available() else "reference"

@@ -17,7 +17,8 @@ from torch import Tensor
 from ._head import HeadInputs, HeadOptions
 from ._records import TABLE_COLUMNS
 from ._triton_head_gradient import float32_product
-from ._triton_rows import row_gradient, row_statistics
+from ._triton_rows import row_statistics
+from ._triton_rows_gradient import row_gradient
 
 ROWS = 128
 """a chunk has a multiple of this many rows where the workspace allows: a tile of the products"""
@@ -103,7 +104,7 @@ def loss_in_forward(
         torch.zeros(x.shape, device=x.device) if needed and x is not None else None
         for x, needed in zip(inputs[:3], needs, strict=True)
     ]
-    transform = {
+    transform: dict[str, Any] = {
         "logit_scale": options.logit_scale,
         "softcap": options.softcap,
         "reverse": options.kl_direction == "reverse",

@@ -115,7 +115,7 @@ def _backward(
     active = ((gradient != 0).any(0) & (targets != ignore_index)).nonzero().squeeze(-1)
     coefficients = gradient.t()[active].contiguous()
     if backend == "triton":
-        from ._triton_head import head_gradients
+        from ._triton_head_gradient import head_gradients
 
         found = head_gradients(inputs, active, options, table[active], coefficients, needs)
     else:

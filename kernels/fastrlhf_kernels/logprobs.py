@@ -10,7 +10,7 @@ of theirs, so that autograd raises where another backward would still read them.
 that for readers outside of autograd: whoever passes inplace_backward=True gives the logits away.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,18 +43,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """[3, N] log-probability, entropy, KL, and the [N, TABLE_COLUMNS] table."""
     table = temperature.new_zeros(targets.numel(), TABLE_COLUMNS)
-    _rows(backend).logit_statistics(
+    _statistics(backend)(
         logits, ref_logits, targets, used, temperature, table, columns=columns, reverse=reverse
     )
     return table[:, (LOGPROB, ENTROPY, KL)].t().contiguous(), table
 
 
-def _rows(backend: str) -> Any:
+def _statistics(backend: str) -> Callable[..., None]:
     if backend == "triton":
-        from . import _triton_rows
+        from ._triton_rows import logit_statistics
 
-        return _triton_rows
-    return _cpu
+        return logit_statistics
+    return _cpu.logit_statistics
+
+
+def _gradient(backend: str) -> Callable[..., None]:
+    if backend == "triton":
+        from ._triton_rows_gradient import logit_gradient
+
+        return logit_gradient
+    return _cpu.logit_gradient
 
 
 @_forward.register_fake
@@ -77,7 +85,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     gradient = torch.empty_like(logits)
-    _rows(backend).logit_gradient(
+    _gradient(backend)(
         logits, ref_logits, targets, temperature, table, coefficients, gradient,
         columns=columns, reverse=reverse,
     )  # fmt: skip
@@ -103,7 +111,7 @@ def _backward_(
     backend: str,
 ) -> None:
     """`_backward` that leaves the gradient in the place of the logits."""
-    _rows(backend).logit_gradient(
+    _gradient(backend)(
         logits, ref_logits, targets, temperature, table, coefficients, logits,
         columns=columns, reverse=reverse,
     )  # fmt: skip
