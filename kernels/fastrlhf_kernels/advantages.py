@@ -41,8 +41,12 @@ def gae(
         if not (math.isfinite(number) and 0 <= number <= 1):
             raise ValueError(f"{op}: {name}={number!r} must lie in [0, 1]")
     dtype = compute_dtype(rewards, values)
-    resolve(backend, rewards.device, dtype, op=op, available=("reference",))
+    backend = resolve(backend, rewards.device, dtype, op=op, available=("reference", "triton"))
     with torch.no_grad():
+        if backend == "triton":
+            from . import _triton_advantages
+
+            return _triton_advantages.gae(rewards, values, mask, gamma, lam)
         return reference.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam)
 
 
@@ -59,5 +63,9 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
     check_mask(op, mask)
     check_same_shape(op, x=x, mask=mask)
     dtype = compute_dtype(x)
-    resolve(backend, x.device, dtype, op=op, available=("reference",))
+    backend = resolve(backend, x.device, dtype, op=op, available=("reference", "triton"))
+    if backend == "triton" and not x.requires_grad:
+        from . import _triton_advantages
+
+        return _triton_advantages.whiten(x, mask, center)
     return reference.whiten(x.to(dtype), mask, center)

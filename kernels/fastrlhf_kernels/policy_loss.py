@@ -106,7 +106,16 @@ def policy_loss(
     )  # fmt: skip
     check_same_shape(op, logprobs=logprobs, entropy=entropy, kl=kl)
     dtype = compute_dtype(logprobs, old_logprobs, advantages, ref_logprobs, entropy, kl)
-    resolve(backend, logprobs.device, dtype, op=op, available=("reference",))
+    if (
+        resolve(backend, logprobs.device, dtype, op=op, available=("reference", "triton"))
+        == "triton"
+    ):
+        from . import _triton_losses
+
+        return _triton_losses.policy_loss(
+            logprobs, old_logprobs, advantages, mask, spec, ref_logprobs=ref_logprobs,
+            entropy=entropy, kl=kl, sequence_ids=sequence_ids, num_items=num_items,
+        )  # fmt: skip
     rows = mask.reshape(-1).nonzero().squeeze(-1)
     given = [
         _valid_rows(rows, x, dtype)
@@ -156,7 +165,13 @@ def value_loss(
             f"{op}: cliprange_value={cliprange_value!r} must be finite and > 0, or None"
         )
     dtype = compute_dtype(values, old_values, returns)
-    resolve(backend, values.device, dtype, op=op, available=("reference",))
+    available = ("reference", "triton")
+    if resolve(backend, values.device, dtype, op=op, available=available) == "triton":
+        from . import _triton_losses
+
+        return _triton_losses.value_loss(
+            values, old_values, returns, mask, cliprange_value=cliprange_value, num_items=num_items
+        )
     rows = mask.reshape(-1).nonzero().squeeze(-1)
     new, old, target = (
         x.reshape(-1)[rows].to(dtype) for x in (values, old_values.detach(), returns.detach())
