@@ -1,6 +1,7 @@
 """Generalised advantage estimation and masked whitening.
 
-Plain torch on every device: T steps on [B] vectors. Formulas: docs/math.md, sections 4 and 5.2.
+T steps on [B] vectors, in plain torch or, with `triton`, in one launch. Formulas: docs/math.md,
+sections 4 and 5.2.
 Deviation from Schulman et al. 2016: tokens masked out inside a sequence are skipped, so that the
 token before them bootstraps from the token after them.
 """
@@ -55,7 +56,8 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
 
     x, mask: any one shape, mask bool. `center=False` adds the mean back, which is what rewards
     want: unit deviation, their own mean. Unbiased variance (of a single entry: 0). float32, or
-    float64 for float64 inputs. Masked entries are never read.
+    float64 for float64 inputs. Masked entries are never read. Differentiable in x on the `reference`
+    backend, which `auto` takes where x requires a gradient.
 
     Raises ValueError for shapes that differ. Source: docs/math.md, section 5, point 2.
     """
@@ -63,8 +65,10 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
     check_mask(op, mask)
     check_same_shape(op, x=x, mask=mask)
     dtype = compute_dtype(x)
-    backend = resolve(backend, x.device, dtype, op=op, available=("reference", "triton"))
-    if backend == "triton" and not x.requires_grad:
+    # The kernels give no gradient.
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    available = ("reference",) if differentiated else ("reference", "triton")
+    if resolve(backend, x.device, dtype, op=op, available=available) == "triton":
         from . import _triton_advantages
 
         return _triton_advantages.whiten(x, mask, center)

@@ -1,6 +1,6 @@
 """Policy and value losses of [N] vectors: what remains once the vocabulary is reduced.
 
-Plain torch on every device: a few operations on one number a token are no bottleneck. Deviation
+Plain torch, or with the `triton` backend one launch that also writes the derivatives. Deviation
 from PPO's paper: the clip range may be asymmetric, and an upper bound for negative advantages
 ("dual clip") is on offer. Formulas: docs/math.md, section 3.
 """
