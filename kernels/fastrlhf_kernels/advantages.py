@@ -56,8 +56,8 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
 
     x, mask: any one shape, mask bool. `center=False` adds the mean back, which is what rewards
     want: unit deviation, their own mean. Unbiased variance (of a single entry: 0). float32, or
-    float64 for float64 inputs. Masked entries are never read. Differentiable in x on the `reference`
-    backend, which `auto` takes where x requires a gradient.
+    float64 for float64 inputs. Masked entries are never read. Differentiable in x on the
+    `reference` backend, which `auto` takes where x requires a gradient.
 
     Raises ValueError for shapes that differ. Source: docs/math.md, section 5, point 2.
     """
