@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "adamw8bit.h"
 #include "rows.h"
 
 namespace nb = nanobind;
@@ -84,6 +85,25 @@ void sample(Address logits, std::int64_t rows, std::int64_t columns, std::int64_
                    threads);
 }
 
+void adamw_step(Address parameter, int type, Address gradient, int gradient_type,
+                std::int64_t size, Address first, Address first_scales, Address second,
+                Address second_scales, Address maps, Address pieces, float beta1,
+                float one_minus_beta1, float beta2, float one_minus_beta2, float eps, float decay,
+                float step_size, float root_correction, std::uint64_t key, bool stochastic,
+                int threads) {
+  using namespace fastrlhf;
+  const StateMap signed_map{at<const float>(maps), at<const Piece>(pieces)};
+  const StateMap unsigned_map{signed_map.values + 256, signed_map.pieces + kPieces};
+  fastrlhf::adamw_step(
+      {at<void>(parameter), static_cast<Type>(type), at<const void>(gradient),
+       static_cast<Type>(gradient_type), size,
+       {at<void>(first), at<float>(first_scales), signed_map},
+       {at<void>(second), at<float>(second_scales), unsigned_map}},
+      {beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, root_correction,
+       static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32), stochastic},
+      threads);
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
@@ -94,4 +114,5 @@ NB_MODULE(_csrc, module) {
   module.def("logit_gradient", &logit_gradient, release);
   module.def("compact_rows", &compact_rows, release);
   module.def("sample", &sample, release);
+  module.def("adamw_step", &adamw_step, release);
 }
