@@ -76,13 +76,14 @@ FASTRLHF_INLINE void quantize(const float* x, std::int64_t n, const Piece* piece
 }
 
 FASTRLHF_CLONES
-void update(Block& block, std::int64_t n, const AdamWStep& given) {
+void update(Block& block, std::int64_t n, float first_scale, float second_scale,
+            const AdamWStep& given) {
   const AdamWStep s = given;
   float *p = block.p, *g = block.g, *first = block.first, *second = block.second;
 #pragma omp simd
   for (std::int64_t j = 0; j < n; ++j) {
-    const float m = first[j] * s.beta1 + g[j] * s.one_minus_beta1;
-    const float v = second[j] * s.beta2 + g[j] * g[j] * s.one_minus_beta2;
+    const float m = first[j] * first_scale * s.beta1 + g[j] * s.one_minus_beta1;
+    const float v = second[j] * second_scale * s.beta2 + g[j] * g[j] * s.one_minus_beta2;
     const float denominator = std::sqrt(v) * s.root_correction + s.eps;
     p[j] = p[j] * s.decay - m / denominator * s.step_size;
     first[j] = m;
@@ -111,15 +112,20 @@ void write_stochastically(const float* x, std::int64_t n, std::uint16_t* half, s
   }
 }
 
-void read_moment(const Moment& moment, std::int64_t start, std::int64_t n, float* x) {
+// Returns the scale that the numbers are still to be multiplied by.
+float read_moment(const Moment& moment, std::int64_t start, std::int64_t n, float* x) {
   if (!moment.scales) {
     std::copy_n(moment.numbers() + start, n, x);
-    return;
+    return 1.0f;
   }
   const std::uint8_t* codes = moment.bytes() + start;
   const float* values = moment.map.values;
-  const float scale = moment.scales[start / kStateBlock];
-  for (std::int64_t j = 0; j < n; ++j) x[j] = values[codes[j]] * scale;
+  std::int64_t j = 0;
+  for (; j + 8 <= n; j += 8) {
+    for (int i = 0; i < 8; ++i) x[j + i] = values[codes[j + i]];
+  }
+  for (; j < n; ++j) x[j] = values[codes[j]];
+  return moment.scales[start / kStateBlock];
 }
 
 void step_block(const AdamWTensor& t, std::int64_t start, const AdamWStep& step) {
@@ -127,9 +133,9 @@ void step_block(const AdamWTensor& t, std::int64_t start, const AdamWStep& step)
   const std::int64_t n = std::min(kStateBlock, t.size - start);
   block_read(t.parameter, t.type, start, n, block.p);
   block_read(t.gradient, t.gradient_type, start, n, block.g);
-  read_moment(t.first, start, n, block.first);
-  read_moment(t.second, start, n, block.second);
-  update(block, n, step);
+  const float first_scale = read_moment(t.first, start, n, block.first);
+  const float second_scale = read_moment(t.second, start, n, block.second);
+  update(block, n, first_scale, second_scale, step);
   if (t.type == Type::kBFloat16 && step.stochastic) {
     write_stochastically(block.p, n, static_cast<std::uint16_t*>(t.parameter) + start, start, step);
   } else {
