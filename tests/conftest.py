@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+# Read when Triton's kernels are defined: without a GPU they run under its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @dataclass(frozen=True)
 class HeadProblem:
@@ -37,6 +41,12 @@ class HeadProblem:
     def rows(self, index: Tensor | slice) -> "HeadProblem":
         names = ("hidden", "ref_hidden", "old_logprobs", "advantages", "targets", "mask")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels are tested."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -29,6 +29,11 @@ SPECS = {
     "k2": PolicyLossSpec(kl_coef=0.1, kl_estimator="k2"),
     "k3": PolicyLossSpec(kl_coef=0.1, kl_estimator="k3", loss="reinforce"),
     "sequences": PolicyLossSpec(aggregation="sequence_mean", kl_coef=0.1),
+    "ppo_kl": PolicyLossSpec(loss="ppo_kl", old_kl_coef=0.3, entropy_coef=0.05),
+    "cispo": PolicyLossSpec(loss="cispo", kl_coef=0.1),
+    "gspo": PolicyLossSpec(
+        loss="gspo", cliprange_low=0.03, cliprange_high=0.04, aggregation="sequence_mean"
+    ),
 }
 
 
@@ -37,7 +42,7 @@ def fused(p, spec, *, backend, requires=("hidden", "weight", "bias"), **options)
     leaves = {name: getattr(p, name).detach() for name in ("hidden", "weight", "bias")}
     for name in requires:
         leaves[name].requires_grad_()
-    if spec.aggregation == "sequence_mean":
+    if spec.aggregation == "sequence_mean" or spec.loss == "gspo":
         options.setdefault("sequence_ids", torch.arange(p.targets.numel()) // 5)
     given = {
         "ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "ref_bias": p.ref_bias,

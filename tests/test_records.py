@@ -35,7 +35,7 @@ def test_spec_defaults_are_the_contract():
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("loss", "gspo", "ppo_clip, reinforce"),
+        ("loss", "ppo", "ppo_clip, ppo_kl, cispo, gspo, reinforce"),
         ("aggregation", "mean", "token_mean, sequence_mean, constant"),
         ("kl_estimator", "k4", "exact, k2, k3"),
         ("kl_estimator", "k1", "0 on average"),

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-LOSSES = ("ppo_clip", "reinforce")
+LOSSES = ("ppo_clip", "ppo_kl", "cispo", "gspo", "reinforce")
 KL_ESTIMATORS = ("exact", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
@@ -46,7 +46,9 @@ class PolicyLossSpec:
     """
 
     loss: str = "ppo_clip"
-    """"ppo_clip": −min(r·A, clip(r, 1−low, 1+high)·A); "reinforce": −logprob·A"""
+    """"ppo_clip": −min(r·A, clip(r, 1−low, 1+high)·A); "ppo_kl": −r·A, with old_kl_coef; "cispo":
+    −sg(clip(r, 1−low, 1+high))·A·logprob; "gspo": ppo_clip with the sequence's geometric mean of r
+    in the place of r (its clip ranges are about 3e-4 and 4e-4); "reinforce": −logprob·A"""
     cliprange_low: float = 0.2
     """the ratio is clipped below at 1 − cliprange_low"""
     cliprange_high: float = 0.2
@@ -58,7 +60,7 @@ class PolicyLossSpec:
     kl_estimator: str = "exact"
     """"exact" over the vocabulary, or "k2" / "k3" of the sampled token"""
     old_kl_coef: float = 0.0
-    """weight of KL(old policy, policy): belongs to a loss that this version does not have"""
+    """with "ppo_kl": weight of r − 1 − log r, which estimates KL(old policy‖policy)"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus, which is subtracted from the minimised loss"""
     aggregation: str = "token_mean"
@@ -66,7 +68,7 @@ class PolicyLossSpec:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r}: this version has {', '.join(LOSSES)}")
+            raise ValueError(f"loss={self.loss!r}: allowed are {', '.join(LOSSES)}")
         if self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator='k1' in a loss has a gradient that is 0 on average; "
@@ -91,11 +93,8 @@ class PolicyLossSpec:
             raise ValueError(f"dual_clip={bound!r}: allowed are None and finite numbers > 1")
         if bound is not None and self.loss != "ppo_clip":
             raise ValueError(f"dual_clip={bound!r}: allowed with loss='ppo_clip' only")
-        if self.old_kl_coef:
-            raise ValueError(
-                f"old_kl_coef={self.old_kl_coef!r}: belongs to loss='ppo_kl', which this version "
-                f"does not have (it has {', '.join(LOSSES)}); allowed is 0"
-            )
+        if self.old_kl_coef and self.loss != "ppo_kl":
+            raise ValueError(f"old_kl_coef={self.old_kl_coef!r}: allowed with loss='ppo_kl' only")
 
 
 class LossStats(NamedTuple):
@@ -110,7 +109,7 @@ class LossStats(NamedTuple):
     clipfrac: Tensor
     """share of tokens with A > 0 and r > 1 + cliprange_high, or A < 0 and r < 1 − cliprange_low"""
     ratio: Tensor
-    """r = exp(logprob − old_logprob)"""
+    """r = exp(logprob − old_logprob); with "gspo" its geometric mean over the sequence"""
     entropy: Tensor
     """entropy, nats"""
     kl: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import reference, token_losses
 from ._backend import check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
 from ._records import (
@@ -25,6 +25,7 @@ from ._records import (
     LossStats,
     PolicyLossSpec,
 )
+from .linear_logprobs import linear_logprobs
 from .policy_loss import check_policy_inputs
 
 
@@ -35,8 +36,9 @@ class _Policy:
     spec: PolicyLossSpec
     old_logprobs: Tensor
     advantages: Tensor
-    mean: reference.RowMean
+    mean: token_losses.RowMean
     ref_logprobs: Tensor | None
+    log_ratios: Tensor | None  # of the sequences, for gspo
     rows: Tensor  # their places among the N rows
     has_reference: bool
     options: HeadOptions
@@ -50,7 +52,8 @@ class _Policy:
         advantages: Tensor,
         mask: Tensor,
         ref_logprobs: Tensor | None,
-        mean: reference.RowMean,
+        log_ratios: Tensor | None,
+        mean: token_losses.RowMean,
         options: HeadOptions,
         has_reference: bool,
     ) -> "_Policy":
@@ -61,25 +64,26 @@ class _Policy:
 
         ref = None if ref_logprobs is None else valid(ref_logprobs)
         return cls(
-            spec, valid(old_logprobs), valid(advantages), mean, ref, rows, has_reference, options,
-            torch.is_grad_enabled(),
+            spec, valid(old_logprobs), valid(advantages), mean, ref, log_ratios, rows,
+            has_reference, options, torch.is_grad_enabled(),
         )  # fmt: skip
 
-    def token_losses(
+    def losses(
         self, logprobs: Tensor, entropy: Tensor, kl: Tensor | None, ref: Tensor | None, span: slice
-    ) -> reference.PolicyRows:
+    ) -> token_losses.PolicyRows:
         if self.ref_logprobs is not None:
             ref = self.ref_logprobs[span]
-        return reference.policy_rows(
+        return token_losses.policy_rows(
             self.spec, logprobs, self.old_logprobs[span], self.advantages[span],
             entropy=entropy, kl=kl, ref_logprobs=ref,
+            sequence_log_ratios=None if self.log_ratios is None else self.log_ratios[span],
         )  # fmt: skip
 
-    def from_table(self, leaves: list[Tensor], ref: Tensor, span: slice) -> reference.PolicyRows:
+    def from_table(self, leaves: list[Tensor], ref: Tensor, span: slice) -> token_losses.PolicyRows:
         logprobs, entropy, kl = leaves
         if not self.has_reference:
-            return self.token_losses(logprobs, entropy, None, None, span)
-        return self.token_losses(logprobs, entropy, kl, ref, span)
+            return self.losses(logprobs, entropy, None, None, span)
+        return self.losses(logprobs, entropy, kl, ref, span)
 
     def coefficients(self, table: Tensor, span: slice) -> Tensor:
         """[n, 3] derivatives of the loss in each row's log-probability, entropy and KL."""
@@ -111,7 +115,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 head.backward(chunk, part, policy.coefficients(part, chunk.span), gradients)
         ctx.gradients = gradients
         rows = policy.from_table(_statistics(table), table[:, REF_LOGPROB], slice(None))
-        loss, stats = reference.reduce_policy_rows(rows, policy.mean)
+        loss, stats = token_losses.reduce_policy_rows(rows, policy.mean)
         ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
@@ -134,10 +138,8 @@ def _reference(inputs: HeadInputs, policy: _Policy) -> LossOutput[LossStats]:
         logit_scale=options.logit_scale, softcap=options.softcap, valid_vocab=options.valid_vocab,
         kl_direction=options.kl_direction,
     )  # fmt: skip
-    token_losses = policy.token_losses(
-        tokens.logprobs, tokens.entropy, tokens.kl, ref_logprobs, slice(None)
-    )
-    return reference.reduce_policy_rows(token_losses, policy.mean)
+    losses = policy.losses(tokens.logprobs, tokens.entropy, tokens.kl, ref_logprobs, slice(None))
+    return token_losses.reduce_policy_rows(losses, policy.mean)
 
 
 def linear_policy_loss(
@@ -191,11 +193,24 @@ def linear_policy_loss(
     )  # fmt: skip
     check_targets(op, targets, mask, options.valid_vocab)
     dtype = inputs.temperature.dtype
-    mean = reference.row_mean(mask, spec.aggregation, sequence_ids, num_items, dtype)
+    mean = token_losses.row_mean(mask, spec.aggregation, sequence_ids, num_items, dtype)
+    backend = resolve(backend, hidden.device, dtype, op=op)
+    log_ratios = None
+    if spec.loss == "gspo":
+        # The ratio of a sequence takes all of its tokens: their statistics come first.
+        with torch.no_grad():
+            logprobs = linear_logprobs(
+                hidden, weight, targets.masked_fill(~mask, -100), bias=bias,
+                logit_scale=logit_scale, temperature=temperature, softcap=softcap,
+                valid_vocab=valid_vocab, workspace_mb=workspace_mb, backend=backend,
+            ).logprobs  # fmt: skip
+        log_ratios = token_losses.sequence_log_ratios(
+            logprobs[mask], old_logprobs[mask].to(dtype), mask, sequence_ids
+        )
     policy = _Policy.of_valid_rows(
-        spec, old_logprobs, advantages, mask, ref_logprobs, mean, options, has_reference
+        spec, old_logprobs, advantages, mask, ref_logprobs, log_ratios, mean, options, has_reference
     )
-    if resolve(backend, hidden.device, dtype, op=op) == "reference":
+    if backend == "reference":
         return _reference(inputs, policy)
     loss, *stats = _LinearPolicyLoss.apply(inputs.hidden, weight, bias, inputs, policy)
     return LossOutput(loss, LossStats(*stats))

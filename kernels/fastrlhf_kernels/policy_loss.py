@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import token_losses
 from ._backend import check_device, check_mask, check_same_shape, compute_dtype, resolve
 from ._records import LossOutput, LossStats, PolicyLossSpec, ValueStats
 
@@ -48,10 +48,11 @@ def check_policy_inputs(
             f"{op}: kl_coef={spec.kl_coef} with kl_estimator={spec.kl_estimator!r} needs "
             "ref_logprobs"
         )
-    if spec.aggregation == "sequence_mean" and sequence_ids is None and mask.dim() != 2:
+    by_sequence = spec.loss == "gspo" or spec.aggregation == "sequence_mean"
+    if by_sequence and sequence_ids is None and mask.dim() != 2:
         raise ValueError(
-            f"{op}: aggregation='sequence_mean' needs sequence_ids or [B, T] inputs, got mask "
-            f"{list(mask.shape)}"
+            f"{op}: loss={spec.loss!r} with aggregation={spec.aggregation!r} needs sequence_ids or "
+            f"[B, T] inputs, got mask {list(mask.shape)}"
         )
     if spec.aggregation == "constant" and num_items is None:
         raise ValueError(f"{op}: aggregation='constant' needs num_items: sequences × their length")
@@ -92,7 +93,7 @@ def policy_loss(
     float64 inputs. `spec` adds − entropy_coef·entropy and + kl_coef·KL and says how to aggregate;
     `num_items` is the denominator of the whole minibatch: tokens, sequences for "sequence_mean",
     sequences × the fixed length for "constant"; None counts this call. A sequence stays within one
-    call under "sequence_mean"; `sequence_ids` may be left out for [B, T] inputs.
+    call under "sequence_mean" and with "gspo"; `sequence_ids` may be left out for [B, T] inputs.
 
     Raises ValueError for shapes that differ, and for what the spec needs and is not given.
     Source: Schulman et al. 2017, eq. 7; docs/math.md, section 3.
@@ -112,12 +113,18 @@ def policy_loss(
         for x in (logprobs, old_logprobs.detach(), advantages.detach(), entropy, kl)
     ]
     reference_rows = _valid_rows(rows, ref_logprobs, dtype)
-    token_losses = reference.policy_rows(
+    log_ratios = None
+    if spec.loss == "gspo":
+        log_ratios = token_losses.sequence_log_ratios(
+            given[0], given[1], mask, sequence_ids  # type: ignore[arg-type]
+        )  # fmt: skip
+    tokens = token_losses.policy_rows(
         spec, given[0], given[1], given[2], entropy=given[3], kl=given[4],  # type: ignore[arg-type]
         ref_logprobs=None if reference_rows is None else reference_rows.detach(),
+        sequence_log_ratios=log_ratios,
     )  # fmt: skip
-    mean = reference.row_mean(mask, spec.aggregation, sequence_ids, num_items, dtype)
-    return reference.reduce_policy_rows(token_losses, mean)
+    mean = token_losses.row_mean(mask, spec.aggregation, sequence_ids, num_items, dtype)
+    return token_losses.reduce_policy_rows(tokens, mean)
 
 
 def value_loss(
@@ -154,5 +161,5 @@ def value_loss(
     new, old, target = (
         x.reshape(-1)[rows].to(dtype) for x in (values, old_values.detach(), returns.detach())
     )
-    mean = reference.row_mean(mask, "token_mean", None, num_items, dtype)
-    return reference.value_loss(new, old, target, mean, cliprange_value)
+    mean = token_losses.row_mean(mask, "token_mean", None, num_items, dtype)
+    return token_losses.value_loss(new, old, target, mean, cliprange_value)

@@ -1,8 +1,8 @@
 """The ops in plain torch: the specification, and the backend for every device without kernels.
 
-float32 inside (float64 when an input is), differentiable by autograd. The row formulas of the
-policy loss stand here once; the other backends call them. Formulas: docs/math.md, sections 1 to 5.
-Unlike the kernels, these functions hold [N, V] tensors.
+float32 inside (float64 when an input is), differentiable by autograd. The losses of tokens, which
+need no vocabulary, are in token_losses.py. Unlike the kernels, these functions hold [N, V] tensors.
+Formulas: docs/math.md, sections 1 to 5.
 """
 
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._records import LossOutput, LossStats, PolicyLossSpec, TokenLogprobs, ValueStats
+from ._records import TokenLogprobs
 
 EXTRA_STATS = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -122,125 +122,6 @@ def linear_statistics(
         logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab,
     )  # fmt: skip
     return token_statistics(logits, targets, ref_logits, kl_direction=kl_direction, stats=stats)
-
-
-class PolicyRows(NamedTuple):
-    """Per token, each [n]; only `loss` carries a gradient."""
-
-    loss: Tensor
-    approx_kl: Tensor
-    clipped: Tensor
-    ratio: Tensor
-    entropy: Tensor
-    kl: Tensor
-
-
-def policy_rows(
-    spec: PolicyLossSpec,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    ref_logprobs: Tensor | None,
-) -> PolicyRows:
-    """The loss of each token (docs/math.md, section 3), differentiable in logprobs, entropy, kl."""
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.detach().exp()
-    low, high = 1 - spec.cliprange_low, 1 + spec.cliprange_high
-    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    if spec.loss == "reinforce":
-        loss = -logprobs * advantages
-    else:
-        bound = ratio.clamp(low, high)
-        fixed = clipped
-        if spec.dual_clip is not None:
-            beyond = (advantages < 0) & (ratio > spec.dual_clip)
-            bound = torch.where(beyond, spec.dual_clip, bound)
-            fixed = fixed | beyond
-        # The ratio of a fixed token may overflow: outside the graph, so that 0·∞ cannot arise.
-        live = log_ratio.masked_fill(fixed, 0).exp()
-        loss = -torch.where(fixed, bound, live) * advantages
-    if spec.entropy_coef:
-        assert entropy is not None
-        loss = loss - spec.entropy_coef * entropy
-    estimate = None
-    if ref_logprobs is not None:
-        gap = logprobs - ref_logprobs
-        estimate = gap.square() / 2 if spec.kl_estimator == "k2" else torch.expm1(-gap) + gap
-    if spec.kl_coef:
-        term = kl if spec.kl_estimator == "exact" else estimate
-        assert term is not None
-        loss = loss + spec.kl_coef * term
-    unknown = torch.full_like(ratio, torch.nan)
-    reported = kl if kl is not None else estimate
-    detached = log_ratio.detach()
-    return PolicyRows(
-        loss,
-        torch.expm1(detached) - detached,
-        clipped.to(ratio.dtype),
-        ratio,
-        unknown if entropy is None else entropy.detach(),
-        unknown if reported is None else reported.detach(),
-    )
-
-
-class RowMean(NamedTuple):
-    """How rows become one number: a weighted sum, divided once."""
-
-    weights: Tensor  # [n]
-    num_items: int | Tensor
-
-    def __call__(self, x: Tensor, span: slice = slice(None)) -> Tensor:
-        return (self.weights[span] * x).sum() / self.num_items
-
-
-def row_mean(
-    mask: Tensor,
-    aggregation: str,
-    sequence_ids: Tensor | None,
-    num_items: int | Tensor | None,
-    dtype: torch.dtype,
-) -> RowMean:
-    """The aggregation over the valid rows (docs/math.md, section 3.5)."""
-    valid = mask.reshape(-1).nonzero().squeeze(-1)
-    weights = torch.ones(valid.numel(), dtype=dtype, device=mask.device)
-    if aggregation == "sequence_mean":
-        if sequence_ids is None:
-            sequence_ids = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)
-        ids = sequence_ids.reshape(-1)[valid]
-        _, sequence, lengths = ids.unique(return_inverse=True, return_counts=True)
-        weights = 1 / lengths.to(dtype)[sequence]
-        own_count = lengths.numel()
-    else:
-        own_count = valid.numel()
-    if num_items is None:
-        num_items = max(own_count, 1)
-    return RowMean(weights, num_items)
-
-
-def reduce_policy_rows(rows: PolicyRows, mean: RowMean) -> LossOutput[LossStats]:
-    loss, *stats = (mean(x) for x in rows)
-    return LossOutput(loss, LossStats(*stats))
-
-
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mean: RowMean,
-    cliprange_value: float | None,
-) -> LossOutput[ValueStats]:
-    """½·max((V−R)², (clip(V, V_old ± ε) − R)²) over [n] valid rows."""
-    error = (values - returns).square()
-    if cliprange_value is None:
-        return LossOutput(mean(error) / 2, ValueStats(error.new_zeros(())))
-    bounded = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    bounded_error = (bounded - returns).square()
-    clipped = bounded_error > error
-    loss = mean(torch.where(clipped, bounded_error, error)) / 2
-    return LossOutput(loss, ValueStats(mean(clipped)))
 
 
 def gae(
