@@ -1,12 +1,13 @@
 """Which backend runs an op, and the checks at its border.
 
 `auto` resolves by device, once: `cpu` for float32, bfloat16 and float16 tensors on a CPU where the
-compiled module is there, `reference` for everything else. A backend that is asked for by name
-runs or raises; it never falls back.
+compiled module is there, `triton` for such tensors on a GPU where Triton is there, `reference` for
+everything else. A backend that is asked for by name runs or raises; it never falls back.
 """
 
 from collections.abc import Collection
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ KL_DIRECTIONS = ("forward", "reverse")
 
 @cache
 def _device_backend(device_type: str) -> str:
+    if device_type == "cuda" and find_spec("triton") is not None:
+        return "triton"
     return "cpu" if device_type == "cpu" and _cpu.available() else "reference"
 
 
@@ -39,14 +42,13 @@ def resolve(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "auto":
-        usable = dtype != torch.float64 and unsupported is None and "cpu" in available
-        return _device_backend(device.type) if usable else "reference"
-    if backend == "triton":
-        raise RuntimeError(
-            f"{op}: the Triton kernels are not in this version; use backend='auto' or 'reference'"
-        )
+        usable = dtype != torch.float64 and unsupported is None
+        best = _device_backend(device.type)
+        return best if usable and best in available else "reference"
     if backend not in available:
         raise RuntimeError(f"{op} has no {backend!r} backend; it has {', '.join(available)}")
+    if backend == "triton" and find_spec("triton") is None:
+        raise RuntimeError(f"{op}: backend='triton' needs Triton: pip install triton")
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"{op}: backend='cpu' takes tensors on a CPU, got {device}")

@@ -66,7 +66,7 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes [n] uint8 and scales [ceil(n / 256)] of float32 x [n]; the scale is the block's max |x|.
+    """Codes [n] uint8 of float32 x [n], and the scale max |x| of each block, [ceil(n / 256)].
 
     A block with NaN or an infinity has that scale, so that all of it is read back as NaN. One
     whose scale is subnormal is read back as 0.

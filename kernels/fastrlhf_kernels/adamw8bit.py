@@ -86,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter with a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
@@ -176,7 +176,5 @@ def _zero_state(parameter: Tensor, *, coded: bool) -> dict[str, Tensor]:
                 -(-parameter.numel() // BLOCK), device=parameter.device
             )
         else:
-            state[name] = torch.zeros(
-                parameter.shape, dtype=torch.float32, device=parameter.device
-            )
+            state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
     return state
