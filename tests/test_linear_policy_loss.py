@@ -6,7 +6,6 @@ chunks, with rows masked out and rows that PPO clips.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf_kernels import (
     PolicyLossSpec,
@@ -15,6 +14,7 @@ from fastrlhf_kernels import (
     linear_policy_loss,
     policy_loss,
 )
+from fastrlhf_kernels.audit import OperatorMode
 
 cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
@@ -211,15 +211,15 @@ def test_padding_microbatches_and_order_change_nothing(
     assert close((out, (grads[0][:20], *grads[1:])))
 
 
-class Products(TorchDispatchMode):
+class Products(OperatorMode):
     """Rows that went through matrix products with a vocabulary-sized side."""
 
     def __init__(self, vocab):
         super().__init__()
         self.vocab, self.logits, self.hidden, self.weight = vocab, 0, 0, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+    def observe(self, func, args, kwargs):
+        result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name == "mm":
             self.logits += args[0].shape[0] * result.shape[1]

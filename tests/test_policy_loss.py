@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, policy_loss
+from fastrlhf_kernels import PolicyLossSpec, policy_loss, token_losses
 from fastrlhf_kernels._records import LOSSES
 
 
@@ -182,3 +182,37 @@ def test_policy_loss_needs_what_its_spec_names(head_problem):
         policy_loss(*given, PolicyLossSpec(entropy_coef=0.1))
     with pytest.raises(ValueError, match="exact KL"):
         policy_loss(*given, PolicyLossSpec(kl_coef=0.1))
+
+
+KL_TERMS = {
+    "none": {},
+    "exact": {"kl_coef": 0.1},
+    "k2": {"kl_coef": 0.1, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.1, "kl_estimator": "k3"},
+}
+
+
+@pytest.mark.parametrize("kl_term", KL_TERMS)
+@pytest.mark.parametrize("loss", [*LOSSES, "dual"])
+def test_the_derivatives_written_down_are_those_of_autograd(head_problem, loss, kl_term):
+    p = head_problem(40)
+    named = {"loss": "ppo_clip", "dual_clip": 1.1} if loss == "dual" else {"loss": loss}
+    if loss == "ppo_kl":
+        named["old_kl_coef"] = 0.7
+    spec = PolicyLossSpec(entropy_coef=0.05, **named, **KL_TERMS[kl_term])
+    logprobs = (p.old_logprobs + 0.3 * p.hidden[:, 0]).requires_grad_()
+    entropy, kl = (p.hidden[:, i].abs().requires_grad_() for i in (1, 2))
+    given = {"ref_logprobs": p.old_logprobs + 0.1 * p.hidden[:, 3]}
+    if loss == "gspo":
+        given["sequence_log_ratios"] = 0.2 * p.hidden[:, 4]
+    rows = token_losses.policy_rows(
+        spec, logprobs, p.old_logprobs, p.advantages, entropy=entropy, kl=kl, **given
+    )
+    leaves = (logprobs, entropy, kl)
+    truth = torch.autograd.grad(rows.loss.sum(), leaves, materialize_grads=True)
+    with torch.no_grad():
+        written = token_losses.policy_derivatives(
+            spec, logprobs, p.old_logprobs, p.advantages, **given
+        )
+    torch.testing.assert_close(written, torch.stack(truth, -1), rtol=1e-12, atol=1e-12)
+    assert 0 < rows.clipped.sum() < 40

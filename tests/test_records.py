@@ -64,11 +64,19 @@ def resolve(backend, dtype=torch.float32, **options):
     return _backend.resolve(backend, torch.device("cpu"), dtype, op="an_op", **options)
 
 
-def test_an_explicit_backend_runs_or_raises():
+def test_an_explicit_backend_runs_or_raises(monkeypatch):
     assert resolve("reference") == "reference"
     with pytest.raises(ValueError, match="allowed are auto, triton, cpu, reference"):
         resolve("cuda")
-    with pytest.raises(RuntimeError, match="has no 'triton' backend"):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton") == "triton"
+    with pytest.raises(ValueError, match="float64"):
+        resolve("triton", torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        resolve("triton")
+    monkeypatch.setattr(_backend, "TRITON_INSTALLED", False)
+    with pytest.raises(RuntimeError, match="pip install"):
         resolve("triton")
     with pytest.raises(RuntimeError, match="has no 'cpu' backend"):
         resolve("cpu", available=("reference",))

@@ -1,12 +1,16 @@
 """Which backend runs an op, and the checks at its border.
 
-`auto` resolves by device, once: `cpu` for float32, bfloat16 and float16 tensors on a CPU where the
-compiled module is there, `triton` for such tensors on a GPU where Triton is there, `reference` for
+`auto` resolves by device, once: `triton` on GPUs from sm_80 on (CUDA, ROCm, XPU), `cpu` for
+float32, bfloat16 and float16 tensors on a CPU where the compiled module is there, `reference` for
 everything else. A backend that is asked for by name runs or raises; it never falls back.
+
+Checks of values (targets, temperatures) are made on the CPU only, where they cost no
+synchronisation, and not under torch.compile, which cannot trace them.
 """
 
-from collections.abc import Collection
-from functools import cache
+import os
+from collections.abc import Callable, Collection
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -16,13 +20,33 @@ from . import _cpu
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 KL_DIRECTIONS = ("forward", "reverse")
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda
 
 
-@cache
-def _device_backend(device_type: str) -> str:
-    if device_type == "cuda" and find_spec("triton") is not None:
-        return "triton"
-    return "cpu" if device_type == "cpu" and _cpu.available() else "reference"
+@torch.compiler.assume_constant_result
+def _device_backend(device_type: str, device_index: int | None) -> str:
+    if device_type == "cpu":
+        return "cpu" if _cpu.available() else "reference"
+    if device_type not in TRITON_DEVICES or not TRITON_INSTALLED:
+        return "reference"
+    if device_type == "cuda" and not torch.version.hip:
+        major, _ = torch.cuda.get_device_capability(device_index)
+        return "triton" if major >= 8 else "reference"
+    return "triton"
+
+
+def _require_triton(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    if not TRITON_INSTALLED:
+        raise RuntimeError(f"{op}: backend='triton' needs Triton: pip install 'triton>=3.6'")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in TRITON_DEVICES and not (device.type == "cpu" and interpreted):
+        raise RuntimeError(
+            f"{op}: backend='triton' takes tensors on a GPU, got {device}; on a CPU its kernels "
+            "run under TRITON_INTERPRET=1, set before Python starts"
+        )
+    if dtype == torch.float64:
+        raise ValueError(f"{op}: backend='triton' computes in float32; float64 has 'reference'")
 
 
 def resolve(
@@ -31,7 +55,7 @@ def resolve(
     dtype: torch.dtype,
     *,
     op: str,
-    available: Collection[str] = ("reference", "cpu"),
+    available: Collection[str] = ("reference", "cpu", "triton"),
     unsupported: str | None = None,
 ) -> str:
     """The name of the backend to run.
@@ -42,13 +66,14 @@ def resolve(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "auto":
-        usable = dtype != torch.float64 and unsupported is None
-        best = _device_backend(device.type)
-        return best if usable and best in available else "reference"
+        best = "reference"
+        if dtype != torch.float64:
+            best = _device_backend(device.type, device.index)
+        return best if best in available and (best != "cpu" or not unsupported) else "reference"
     if backend not in available:
         raise RuntimeError(f"{op} has no {backend!r} backend; it has {', '.join(available)}")
-    if backend == "triton" and find_spec("triton") is None:
-        raise RuntimeError(f"{op}: backend='triton' needs Triton: pip install triton")
+    if backend == "triton":
+        _require_triton(op, device, dtype)
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"{op}: backend='cpu' takes tensors on a CPU, got {device}")
@@ -58,6 +83,10 @@ def resolve(
             raise ValueError(f"{op}: backend='cpu' does not support {unsupported}")
         _cpu.require()
     return backend
+
+
+def _values_visible(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -111,7 +140,7 @@ def row_temperature(
             f"{describe(temperature=temperature, targets=targets)}"
         )
     check_device(op, temperature=temperature, targets=targets)
-    if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+    if _values_visible(temperature) and not bool((temperature > 0).all()):
         raise ValueError(
             f"{op}: temperature must be > 0 in every row, got {describe(temperature=temperature)}"
         )
@@ -119,8 +148,8 @@ def row_temperature(
 
 
 def check_targets(op: str, targets: Tensor, used: Tensor, vocab: int) -> None:
-    """Targets of used rows lie in [0, vocab). Checked on the CPU only: elsewhere it would sync."""
-    if targets.device.type != "cpu":
+    """Targets of used rows lie in [0, vocab)."""
+    if not _values_visible(targets):
         return
     bad = used & ((targets < 0) | (targets >= vocab))
     if bool(bad.any()):
@@ -131,9 +160,11 @@ def check_targets(op: str, targets: Tensor, used: Tensor, vocab: int) -> None:
         )
 
 
-def _valid_columns(op: str, valid_vocab: int | None, vocab: int, shapes: str) -> int:
+def _valid_columns(op: str, valid_vocab: int | None, vocab: int, shapes: Callable[[], str]) -> int:
     if valid_vocab is not None and not 0 < valid_vocab <= vocab:
-        raise ValueError(f"{op}: valid_vocab={valid_vocab} must lie in [1, {vocab}], got {shapes}")
+        raise ValueError(
+            f"{op}: valid_vocab={valid_vocab} must lie in [1, {vocab}], got {shapes()}"
+        )
     return vocab if valid_vocab is None else valid_vocab
 
 
@@ -147,16 +178,16 @@ def check_logits(
     kl_direction: str,
 ) -> int:
     """Ranks, sizes and options of rows of logits; returns the number of valid columns."""
-    shapes = describe(logits=logits, targets=targets, ref_logits=ref_logits)
+    shapes = partial(describe, logits=logits, targets=targets, ref_logits=ref_logits)
     if logits.dim() < 1 or not logits.shape[-1] or logits.shape[:-1] != targets.shape:
-        raise ValueError(f"{op}: logits is [..., V] and targets [...], got {shapes}")
+        raise ValueError(f"{op}: logits is [..., V] and targets [...], got {shapes()}")
     if targets.dtype != torch.int64:
-        raise ValueError(f"{op}: targets must be int64, got {shapes}")
+        raise ValueError(f"{op}: targets must be int64, got {shapes()}")
     if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise ValueError(f"{op}: ref_logits has the shape of logits, got {shapes}")
+        raise ValueError(f"{op}: ref_logits has the shape of logits, got {shapes()}")
     given = [logits] if ref_logits is None else [logits, ref_logits]
     if not all(x.dtype == torch.float64 or x.dtype in _cpu.TYPES for x in given):
-        raise ValueError(f"{op}: logits are float32, bfloat16, float16 or float64, got {shapes}")
+        raise ValueError(f"{op}: logits are float32, bfloat16, float16 or float64, got {shapes()}")
     check_device(op, logits=logits, targets=targets, ref_logits=ref_logits)
     check_choice(op, "kl_direction", kl_direction, KL_DIRECTIONS)
     return _valid_columns(op, valid_vocab, logits.shape[-1], shapes)
@@ -177,36 +208,40 @@ def check_head(
     kl_direction: str,
 ) -> int:
     """Ranks, sizes and options of a head; returns the number of valid columns."""
-    shapes = describe(
-        hidden=hidden, weight=weight, targets=targets, bias=bias,
+    shapes = partial(
+        describe, hidden=hidden, weight=weight, targets=targets, bias=bias,
         ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
     )  # fmt: skip
     if hidden.dim() < 2 or weight.dim() != 2:
-        raise ValueError(f"{op}: hidden is [..., N, D] and weight [V, D], got {shapes}")
+        raise ValueError(f"{op}: hidden is [..., N, D] and weight [V, D], got {shapes()}")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: hidden is [..., D], targets [...], weight [V, D], got {shapes}")
+        raise ValueError(f"{op}: hidden is [..., D], targets [...], weight [V, D], got {shapes()}")
     if targets.dtype != torch.int64:
-        raise ValueError(f"{op}: targets must be int64, got {shapes}")
+        raise ValueError(f"{op}: targets must be int64, got {shapes()}")
     if not all(x.dtype.is_floating_point for x in (hidden, weight)):
-        raise ValueError(f"{op}: hidden and weight must be floating point, got {shapes}")
+        raise ValueError(f"{op}: hidden and weight must be floating point, got {shapes()}")
     vocab = weight.shape[0]
     if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"{op}: bias is [V], got {shapes}")
+        raise ValueError(f"{op}: bias is [V], got {shapes()}")
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError(f"{op}: ref_weight and ref_bias need a ref_hidden, got {shapes}")
+        raise ValueError(f"{op}: ref_weight and ref_bias need a ref_hidden, got {shapes()}")
     if ref_hidden is not None:
         if ref_hidden.shape[:-1] != targets.shape:
-            raise ValueError(f"{op}: ref_hidden is [..., D'] with the rows of hidden, got {shapes}")
+            raise ValueError(
+                f"{op}: ref_hidden is [..., D'] with the rows of hidden, got {shapes()}"
+            )
         head = weight if ref_weight is None else ref_weight
         if head.dim() != 2 or head.shape[0] != vocab or head.shape[1] != ref_hidden.shape[-1]:
-            raise ValueError(f"{op}: ref_weight is [V, D'] for ref_hidden [..., D'], got {shapes}")
+            raise ValueError(
+                f"{op}: ref_weight is [V, D'] for ref_hidden [..., D'], got {shapes()}"
+            )
         if ref_bias is not None and (ref_weight is None or ref_bias.shape != (vocab,)):
-            raise ValueError(f"{op}: ref_bias is [V] and needs a ref_weight, got {shapes}")
+            raise ValueError(f"{op}: ref_bias is [V] and needs a ref_weight, got {shapes()}")
         moving = weight.requires_grad or (bias is not None and bias.requires_grad)
         if ref_weight is None and moving:
             raise ValueError(
                 f"{op}: weight requires a gradient, so KL would be taken against the moving head; "
-                f"pass the frozen head as ref_weight, got {shapes}"
+                f"pass the frozen head as ref_weight, got {shapes()}"
             )
     check_device(
         op, hidden=hidden, weight=weight, targets=targets, bias=bias,

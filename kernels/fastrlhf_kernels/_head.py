@@ -12,7 +12,6 @@ rounded.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,7 @@ WORKSPACE_MB = 48
 TILE_SHARE = 12  # one part in twelve, 4 MB by default, is a tile of the weight in float32
 
 
-@dataclass(frozen=True)
-class HeadOptions:
+class HeadOptions(NamedTuple):
     logit_scale: float
     softcap: float | None
     kl_direction: str

@@ -7,12 +7,42 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def visible_to_audit(op: Any) -> Any:
+    """Mark a custom operator as ours: an `OperatorMode` looks at what it does inside."""
+    _IMPLEMENTATIONS[op._opoverload] = op._init_fn
+    return op
+
+
+class OperatorMode(TorchDispatchMode):
+    """A dispatch mode that sees into our custom operators too; `observe` gets every other op."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _IMPLEMENTATIONS:
+            with self:
+                return _IMPLEMENTATIONS[func](*args, **(kwargs or {}))
+        return self.observe(func, args, kwargs or {})
+
+    def observe(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run `func` and return its result."""
+        raise NotImplementedError
+
 
 class VocabTensorError(RuntimeError):
     """An op created a vocabulary-sized tensor beyond the budget."""
 
 
-class forbid_vocab_tensors(TorchDispatchMode):
+class forbid_vocab_tensors(OperatorMode):
     """`with forbid_vocab_tensors(budget, vocab_sizes={V}): loss(...).backward()` or it raises.
 
     budget: bytes. Any op that allocates a tensor with a dimension in `vocab_sizes` and more bytes
@@ -34,14 +64,9 @@ class forbid_vocab_tensors(TorchDispatchMode):
         shapes = {tuple(x.shape) for x in exempt}
         self._exempt_shapes = shapes | {shape[::-1] for shape in shapes}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def observe(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
         result = func(*args, **kwargs)
         created = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if any(self.vocab_sizes.intersection(x.shape) for x in created):

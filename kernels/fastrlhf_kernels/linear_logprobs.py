@@ -1,59 +1,161 @@
 """Log-probability, entropy and exact KL of a linear head, without its [N, V] logits.
 
-Composable: any loss may be made of the outputs; the backward recomputes the logits chunk by chunk
-(4 products with the head in all, 3 when the head is frozen). Formulas: docs/math.md, sections 1, 2.
+Composable: any loss may be made of the outputs; the backward recomputes the logits (4 products with
+the head in all, 3 when the head is frozen). Formulas: docs/math.md, sections 1 and 2.
+
+Two custom operators, forward and backward, so that torch.compile takes the whole as one node; the
+backends differ inside of them. The reference is plain torch and differentiable twice.
 """
 
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._backend import check_choice, check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
 from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
+from .audit import visible_to_audit
+
+COLUMNS = (LOGPROB, ENTROPY, KL)
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, rows, options = arguments
-        inputs = HeadInputs(*tensors)
-        ctx.save_for_backward(*tensors, rows)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        head = ChunkedHead(inputs, rows, options)
-        table = torch.empty(rows.numel(), TABLE_COLUMNS)
+@visible_to_audit
+@torch.library.custom_op("fastrlhf::linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    kl_direction: str,
+    valid_vocab: int,
+    workspace_bytes: int,
+    ignore_index: int,
+    extra: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[3, N] log-probability, entropy, KL; the [N, TABLE_COLUMNS] table; [3 or 0, N] statistics."""
+    inputs = HeadInputs(
+        hidden, weight, bias, targets, temperature, ref_hidden, ref_weight, ref_bias
+    )
+    options = HeadOptions(logit_scale, softcap, kl_direction, valid_vocab, workspace_bytes)
+    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    found, found_extra = statistics_table(inputs, rows, options, extra, backend)
+    table = found.new_zeros(targets.numel(), TABLE_COLUMNS).index_copy_(0, rows, found)
+    statistics = found.new_zeros(len(reference.EXTRA_STATS) if extra else 0, targets.numel())
+    if found_extra is not None:
+        statistics.index_copy_(1, rows, found_extra.t())
+    return table[:, COLUMNS].t().contiguous(), table, statistics
+
+
+def statistics_table(
+    inputs: HeadInputs, rows: Tensor, options: HeadOptions, extra: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """The table [n, TABLE_COLUMNS] of `rows`, and their extra statistics [n, 3]."""
+    if backend == "triton":
+        from ._triton_head import head_statistics
+
+        return head_statistics(inputs, rows, options, extra=extra)
+    head = ChunkedHead(inputs, rows, options)
+    table = torch.empty(rows.numel(), TABLE_COLUMNS)
+    for chunk in head.chunks():
+        head.statistics(chunk, table[chunk.span])
+    return table, None
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, targets, *options):
+    count = targets.shape[0]
+    extra = options[-2]
+    return (
+        hidden.new_empty((3, count), dtype=torch.float32),
+        hidden.new_empty((count, TABLE_COLUMNS), dtype=torch.float32),
+        hidden.new_empty((len(reference.EXTRA_STATS) if extra else 0, count), dtype=torch.float32),
+    )
+
+
+@visible_to_audit
+@torch.library.custom_op("fastrlhf::linear_logprobs_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    kl_direction: str,
+    valid_vocab: int,
+    workspace_bytes: int,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not needed."""
+    inputs = HeadInputs(
+        hidden, weight, bias, targets, temperature, ref_hidden, ref_weight, ref_bias
+    )
+    options = HeadOptions(logit_scale, softcap, kl_direction, valid_vocab, workspace_bytes)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    # Rows that the loss does not use need no logits either.
+    active = ((gradient != 0).any(0) & (targets != ignore_index)).nonzero().squeeze(-1)
+    coefficients = gradient.t()[active].contiguous()
+    if backend == "triton":
+        from ._triton_head import head_gradients
+
+        found = head_gradients(inputs, active, options, table[active], coefficients, needs)
+    else:
+        gradients = HeadGradients(inputs, needs)
+        head = ChunkedHead(inputs, active, options)
+        again = torch.empty(active.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
-            head.statistics(chunk, table[chunk.span])
+            head.statistics(chunk, again[chunk.span])
+            head.backward(chunk, again[chunk.span], coefficients[chunk.span], gradients)
+        found = gradients.scaled()
+    return tuple(hidden.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]
 
-        def scatter(column: int) -> Tensor:
-            return torch.zeros(inputs.targets.shape).index_copy_(0, rows, table[:, column])
 
-        kl = None if inputs.ref_hidden is None else scatter(KL)
-        return scatter(LOGPROB), scatter(ENTROPY), kl
+@_backward.register_fake
+def _(gradient, table, hidden, weight, bias, *options):
+    needs = options[-4:-1]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if needed and x is not None
+        else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), needs, strict=True)
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *output_gradients):
-        *tensors, rows = ctx.saved_tensors
-        inputs = HeadInputs(*tensors)
-        gradients = HeadGradients(inputs, ctx.needs_input_grad[:3])
-        coefficients = torch.zeros(rows.numel(), 3)
-        for column, gradient in enumerate(output_gradients):
-            if gradient is not None:
-                coefficients[:, column] = gradient[rows]
-        # Rows that the loss does not use need no logits either.
-        active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
-        coefficients = coefficients[active]
-        head = ChunkedHead(inputs, rows[active], ctx.options)
-        table = torch.empty(active.numel(), TABLE_COLUMNS)
-        for chunk in head.chunks():
-            head.statistics(chunk, table[chunk.span])
-            head.backward(chunk, table[chunk.span], coefficients[chunk.span], gradients)
-        return (*gradients.scaled(), *[None] * 7)
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:8], inputs[8:]
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _autograd(ctx, gradient, *_):
+    *tensors, table = ctx.saved_tensors
+    needs = [bool(needed) for needed in ctx.needs_input_grad[:3]]
+    *options, _extra, backend = ctx.options
+    found = _backward(gradient.contiguous(), table, *tensors, *options, *needs, backend)
+    gradients = [x if needed else None for x, needed in zip(found, needs, strict=True)]
+    return (*gradients, *[None] * (len(tensors) - 3 + len(ctx.options)))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _reference(
@@ -78,6 +180,11 @@ def _shaped(out: TokenLogprobs, shape: torch.Size) -> TokenLogprobs:
         None if out.kl is None else out.kl.reshape(shape),
         {name: x.reshape(shape) for name, x in out.extra.items()},
     )
+
+
+def _extra(statistics: Tensor, stats: Collection[str]) -> dict[str, Tensor]:
+    named = dict(zip(reference.EXTRA_STATS, statistics, strict=True))
+    return {name: named[name].bool() if name == "is_top1" else named[name] for name in stats}
 
 
 def linear_logprobs(
@@ -111,7 +218,7 @@ def linear_logprobs(
     kl_direction="reverse". Its head is ref_weight [V, D'] and ref_bias, or weight and bias where
     ref_weight is None. The reference gets no gradient. Rows whose target is `ignore_index` are
     never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" (of the
-    tempered logits; reference backend only). workspace_mb bounds the logits held at a time.
+    tempered logits). workspace_mb bounds the logits held at a time.
 
     The `cpu` backend gives the same bits as linear_policy_loss for the same valid rows, in the same
     order, with the same workspace. Raises ValueError, with the shapes, for what does not fit.
@@ -125,14 +232,16 @@ def linear_logprobs(
     )  # fmt: skip
     for name in stats:
         check_choice(op, "stats", name, reference.EXTRA_STATS)
-    used = targets != ignore_index
-    check_targets(op, targets, used, options.valid_vocab)
-    unsupported = f"stats={tuple(stats)}" if stats else None
+    check_targets(op, targets, targets != ignore_index, options.valid_vocab)
     dtype = inputs.temperature.dtype
+    unsupported = f"stats={tuple(stats)}" if stats else None
     backend = resolve(backend, hidden.device, dtype, op=op, unsupported=unsupported)
-    rows = used.reshape(-1).nonzero().squeeze(-1)
     if backend == "reference":
+        rows = (inputs.targets != ignore_index).nonzero().squeeze(-1)
         out = _reference(inputs, rows, options, stats)
     else:
-        out = TokenLogprobs(*_LinearLogprobs.apply(*inputs, rows, options))
+        tokens, _, statistics = _forward(*inputs, *options, ignore_index, bool(stats), backend)
+        logprobs, entropy, kl = tokens.unbind()
+        extra = _extra(statistics, stats) if stats else {}
+        out = TokenLogprobs(logprobs, entropy, None if ref_hidden is None else kl, extra)
     return _shaped(out, targets.shape)

@@ -10,12 +10,10 @@ of theirs, so that autograd raises where another backward would still read them.
 that for readers outside of autograd: whoever passes inplace_backward=True gives the logits away.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from . import _cpu, reference
 from ._backend import (
@@ -27,56 +25,118 @@ from ._backend import (
     row_temperature,
 )
 from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
+from .audit import visible_to_audit
 
 
-class _Options(NamedTuple):
-    columns: int
-    reverse: bool
-    inplace_backward: bool
+@visible_to_audit
+@torch.library.custom_op("fastrlhf::logprobs", mutates_args=())
+def _forward(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    used: Tensor,
+    temperature: Tensor,
+    columns: int,
+    reverse: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """[3, N] log-probability, entropy, KL, and the [N, TABLE_COLUMNS] table."""
+    table = temperature.new_zeros(targets.numel(), TABLE_COLUMNS)
+    _rows(backend).logit_statistics(
+        logits, ref_logits, targets, used, temperature, table, columns=columns, reverse=reverse
+    )
+    return table[:, (LOGPROB, ENTROPY, KL)].t().contiguous(), table
 
 
-class _Logprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, ref_logits, targets, used, temperature, options):
-        table = torch.zeros(targets.numel(), TABLE_COLUMNS)
-        _cpu.logit_statistics(
-            logits, ref_logits, targets, used, temperature, table,
-            columns=options.columns, reverse=options.reverse,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, ref_logits, targets, used, temperature, table)
-        ctx.options = options
-        ctx.overwritten = False
-        ctx.set_materialize_grads(False)
+def _rows(backend: str) -> Any:
+    if backend == "triton":
+        from . import _triton_rows
 
-        def output(column: int) -> Tensor:
-            return table[:, column].clone().reshape(logits.shape[:-1])
+        return _triton_rows
+    return _cpu
 
-        kl = None if ref_logits is None else output(KL)
-        return output(LOGPROB), output(ENTROPY), kl
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *output_gradients):
-        options = ctx.options
-        if ctx.overwritten:
-            raise RuntimeError(
-                "logprobs: backward was already called, and with inplace_backward=True it has "
-                "written the gradient over the logits; run it again from the logits"
-            )
-        logits, ref_logits, targets, used, temperature, table = ctx.saved_tensors
-        coefficients = torch.zeros(targets.numel(), 3)
-        for column, gradient in enumerate(output_gradients):
-            if gradient is not None:
-                coefficients[:, column] = torch.where(used, gradient.reshape(-1), 0)
-        result = logits.detach() if options.inplace_backward else torch.empty_like(logits)
-        _cpu.logit_gradient(
-            logits, ref_logits, targets, temperature, table, coefficients, result,
-            columns=options.columns, reverse=options.reverse,
-        )  # fmt: skip
-        if options.inplace_backward:
-            ctx.overwritten = True
-            increment_version(logits)
-        return result, *[None] * 5
+@_forward.register_fake
+def _(logits, ref_logits, targets, used, temperature, *options):
+    count = targets.shape[0]
+    return temperature.new_empty(3, count), temperature.new_empty(count, TABLE_COLUMNS)
+
+
+@visible_to_audit
+@torch.library.custom_op("fastrlhf::logprobs_backward", mutates_args=())
+def _backward(
+    coefficients: Tensor,
+    table: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    columns: int,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    gradient = torch.empty_like(logits)
+    _rows(backend).logit_gradient(
+        logits, ref_logits, targets, temperature, table, coefficients, gradient,
+        columns=columns, reverse=reverse,
+    )  # fmt: skip
+    return gradient
+
+
+@_backward.register_fake
+def _(coefficients, table, logits, *options):
+    return torch.empty_like(logits)
+
+
+@visible_to_audit
+@torch.library.custom_op("fastrlhf::logprobs_backward_", mutates_args=("logits",))
+def _backward_(
+    coefficients: Tensor,
+    table: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    columns: int,
+    reverse: bool,
+    backend: str,
+) -> None:
+    """`_backward` that leaves the gradient in the place of the logits."""
+    _rows(backend).logit_gradient(
+        logits, ref_logits, targets, temperature, table, coefficients, logits,
+        columns=columns, reverse=reverse,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, columns, reverse, ctx.inplace_backward, backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (columns, reverse, backend)
+    ctx.overwritten = False
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, gradient, _):
+    if ctx.overwritten:
+        raise RuntimeError(
+            "logprobs: backward was already called, and with inplace_backward=True it has "
+            "written the gradient over the logits; run it again from the logits"
+        )
+    logits, ref_logits, targets, used, temperature, table = ctx.saved_tensors
+    coefficients = torch.where(used, gradient, 0).t().contiguous()
+    given = (coefficients, table, logits, ref_logits, targets, temperature, *ctx.options)
+    if ctx.inplace_backward:
+        ctx.overwritten = True
+        with torch.no_grad():
+            _backward_(*given)
+        result = logits.detach()
+    else:
+        result = _backward(*given)
+    return (result, *[None] * 8)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _reference(
@@ -85,17 +145,18 @@ def _reference(
     targets: Tensor,
     used: Tensor,
     temperature: Tensor,
-    options: _Options,
+    columns: int,
+    kl_direction: str,
 ) -> TokenLogprobs:
     rows = used.nonzero().squeeze(-1)
 
     def tempered(x: Tensor) -> Tensor:
-        valid = x.reshape(-1, x.shape[-1])[rows, : options.columns]
+        valid = x.reshape(-1, x.shape[-1])[rows, :columns]
         return valid.to(temperature.dtype) / temperature[rows, None]
 
     out, _ = reference.token_statistics(
         tempered(logits), targets[rows], None if ref_logits is None else tempered(ref_logits),
-        kl_direction="reverse" if options.reverse else "forward",
+        kl_direction=kl_direction,
     )  # fmt: skip
     return reference.among_zeros(out, rows, logits.shape[:-1])
 
@@ -179,7 +240,7 @@ def logprobs(
     columns = check_logits(
         op, logits, targets, ref_logits, valid_vocab=valid_vocab, kl_direction=kl_direction
     )
-    if inplace_backward:
+    if inplace_backward and not torch.compiler.is_compiling():
         _check_given_away(op, logits, ref_logits)
     used = targets != ignore_index
     check_targets(op, targets, used, columns)
@@ -187,10 +248,14 @@ def logprobs(
     backend = resolve(backend, logits.device, row_temperatures.dtype, op=op)
     ref_logits = None if ref_logits is None else ref_logits.detach()
     targets, used = targets.reshape(-1).contiguous(), used.reshape(-1).contiguous()
-    options = _Options(columns, kl_direction == "reverse", inplace_backward)
     if backend == "reference":
-        return _reference(logits, ref_logits, targets, used, row_temperatures, options)
-    ref_logits = None if ref_logits is None else _readable(ref_logits)
-    return TokenLogprobs(
-        *_Logprobs.apply(_readable(logits), ref_logits, targets, used, row_temperatures, options)
-    )
+        return _reference(
+            logits, ref_logits, targets, used, row_temperatures, columns, kl_direction
+        )
+    readable_ref = None if ref_logits is None else _readable(ref_logits)
+    tokens, _ = _forward(
+        _readable(logits), readable_ref, targets, used, row_temperatures, columns,
+        kl_direction == "reverse", inplace_backward, backend,
+    )  # fmt: skip
+    found, entropy, kl = (x.reshape(logits.shape[:-1]) for x in tokens.unbind())
+    return TokenLogprobs(found, entropy, None if ref_logits is None else kl)

@@ -1,8 +1,8 @@
 """The losses of tokens whose statistics are known, in plain torch: the specification.
 
 float32, or float64 for float64 inputs; differentiable by autograd. Every backend aggregates with
-`RowMean`; those with kernels write down the derivatives of `policy_rows` and `value_loss` and are
-tested against them. Formulas: docs/math.md, section 3.
+`RowMean`; `policy_derivatives` has the derivatives of `policy_rows` written down, as the kernels
+do, and is tested against autograd. Formulas: docs/math.md, section 3.
 """
 
 from typing import NamedTuple
@@ -37,10 +37,7 @@ def policy_rows(
 ) -> PolicyRows:
     """The loss of each token (docs/math.md, section 3), differentiable in logprobs, entropy, kl.
 
-    sequence_log_ratios: for "gspo", of `sequence_log_ratios`. The derivative of the loss in
-    logprobs, which the kernels write down: reinforce −A; ppo_clip −r·A, 0 where clipped; ppo_kl
-    −r·A + old_kl_coef·(r − 1); cispo −clip(r)·A; gspo as ppo_clip with the sequence's ratio; plus
-    kl_coef·Δ for k2 and kl_coef·(1 − e^−Δ) for k3.
+    sequence_log_ratios: for "gspo", of `sequence_log_ratios`.
     """
     token_log_ratio = logprobs - old_logprobs
     log_ratio = token_log_ratio
@@ -92,6 +89,46 @@ def policy_rows(
         unknown if entropy is None else entropy.detach(),
         unknown if reported is None else reported.detach(),
     )
+
+
+def policy_derivatives(
+    spec: PolicyLossSpec,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    ref_logprobs: Tensor | None,
+    sequence_log_ratios: Tensor | None = None,
+) -> Tensor:
+    """[n, 3]: the derivatives of `policy_rows`' loss in logprobs, entropy and kl, written down.
+
+    In logprobs: reinforce −A; ppo_clip −r·A, and 0 where clipped; ppo_kl −r·A and
+    old_kl_coef·(r − 1); cispo −clip(r)·A; gspo as ppo_clip with the sequence's ratio; plus
+    kl_coef·Δ for k2 and kl_coef·(1 − e^−Δ) for k3.
+    """
+    log_ratio = logprobs - old_logprobs if sequence_log_ratios is None else sequence_log_ratios
+    ratio = log_ratio.exp()
+    low, high = 1 - spec.cliprange_low, 1 + spec.cliprange_high
+    if spec.loss == "reinforce":
+        slope = -advantages
+    elif spec.loss == "cispo":
+        slope = -ratio.clamp(low, high) * advantages
+    elif spec.loss == "ppo_kl":
+        slope = -ratio * advantages + spec.old_kl_coef * torch.expm1(log_ratio)
+    else:
+        fixed = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+        if spec.dual_clip is not None:
+            fixed |= (advantages < 0) & (ratio > spec.dual_clip)
+        slope = torch.where(fixed, 0, -ratio * advantages)
+    on_kl = 0.0
+    if spec.kl_coef and spec.kl_estimator == "exact":
+        on_kl = spec.kl_coef
+    elif spec.kl_coef:
+        assert ref_logprobs is not None
+        gap = logprobs - ref_logprobs
+        slope = slope + spec.kl_coef * (gap if spec.kl_estimator == "k2" else -torch.expm1(-gap))
+    others = (torch.full_like(slope, x) for x in (-spec.entropy_coef, on_kl))
+    return torch.stack((slope, *others), -1)
 
 
 class RowMean(NamedTuple):
