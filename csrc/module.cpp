@@ -6,6 +6,7 @@
 
 #include "adamw8bit.h"
 #include "rows.h"
+#include "tokens.h"
 
 namespace nb = nanobind;
 using fastrlhf::GivenRows;
@@ -104,6 +105,41 @@ void adamw_step(Address parameter, int type, Address gradient, int gradient_type
       threads);
 }
 
+void gae(Address rewards, Address values, Address mask, std::int64_t rows, std::int64_t columns,
+         double gamma, double lam, Address advantages, Address returns, int threads) {
+  fastrlhf::gae(at<const float>(rewards), at<const float>(values), at<const std::uint8_t>(mask),
+                rows, columns, gamma, lam, at<float>(advantages), at<float>(returns), threads);
+}
+
+void whiten(Address x, Address mask, std::int64_t n, bool center, Address partial, Address out,
+            int threads) {
+  fastrlhf::whiten(at<const float>(x), at<const std::uint8_t>(mask), n, center, at<double>(partial),
+                   at<float>(out), threads);
+}
+
+void value_rows(Address values, Address old_values, Address returns, Address mask, std::int64_t n,
+                double cliprange, Address gradient, Address partial, Address sums, int threads) {
+  fastrlhf::value_rows({at<const float>(values), at<const float>(old_values),
+                        at<const float>(returns), at<const std::uint8_t>(mask), n, cliprange},
+                       at<float>(gradient), at<double>(partial), at<double>(sums), threads);
+}
+
+void policy_rows(Address logprobs, Address old_logprobs, Address advantages, Address mask,
+                 std::int64_t n, Address entropy, Address kl, Address ref_logprobs,
+                 Address weights, Address sequence_log_ratios, int loss, int estimator, double low,
+                 double high, double dual_clip, double kl_coef, double old_kl_coef,
+                 double entropy_coef, Address slopes, Address partial, Address sums,
+                 int threads) {
+  fastrlhf::policy_rows(
+      {at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
+       at<const std::uint8_t>(mask), n, at<const float>(entropy), at<const float>(kl),
+       at<const float>(ref_logprobs), at<const float>(weights),
+       at<const float>(sequence_log_ratios)},
+      {static_cast<fastrlhf::Loss>(loss), static_cast<fastrlhf::KlEstimator>(estimator), low, high,
+       dual_clip, kl_coef, old_kl_coef, entropy_coef},
+      at<float>(slopes), at<double>(partial), at<double>(sums), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
@@ -115,4 +151,8 @@ NB_MODULE(_csrc, module) {
   module.def("compact_rows", &compact_rows, release);
   module.def("sample", &sample, release);
   module.def("adamw_step", &adamw_step, release);
+  module.def("gae", &gae, release);
+  module.def("whiten", &whiten, release);
+  module.def("value_rows", &value_rows, release);
+  module.def("policy_rows", &policy_rows, release);
 }
