@@ -4,7 +4,9 @@
 
 #include <cstdint>
 
+#include "adamw8bit.h"
 #include "rows.h"
+#include "tokens.h"
 
 namespace nb = nanobind;
 using fastrlhf::GivenRows;
@@ -84,6 +86,60 @@ void sample(Address logits, std::int64_t rows, std::int64_t columns, std::int64_
                    threads);
 }
 
+void adamw_step(Address parameter, int type, Address gradient, int gradient_type,
+                std::int64_t size, Address first, Address first_scales, Address second,
+                Address second_scales, Address maps, Address pieces, float beta1,
+                float one_minus_beta1, float beta2, float one_minus_beta2, float eps, float decay,
+                float step_size, float root_correction, std::uint64_t key, bool stochastic,
+                int threads) {
+  using namespace fastrlhf;
+  const StateMap signed_map{at<const float>(maps), at<const Piece>(pieces)};
+  const StateMap unsigned_map{signed_map.values + 256, signed_map.pieces + kPieces};
+  fastrlhf::adamw_step(
+      {at<void>(parameter), static_cast<Type>(type), at<const void>(gradient),
+       static_cast<Type>(gradient_type), size,
+       {at<void>(first), at<float>(first_scales), signed_map},
+       {at<void>(second), at<float>(second_scales), unsigned_map}},
+      {beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, root_correction,
+       static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32), stochastic},
+      threads);
+}
+
+void gae(Address rewards, Address values, Address mask, std::int64_t rows, std::int64_t columns,
+         double gamma, double lam, Address advantages, Address returns, int threads) {
+  fastrlhf::gae(at<const float>(rewards), at<const float>(values), at<const std::uint8_t>(mask),
+                rows, columns, gamma, lam, at<float>(advantages), at<float>(returns), threads);
+}
+
+void whiten(Address x, Address mask, std::int64_t n, bool center, Address partial, Address out,
+            int threads) {
+  fastrlhf::whiten(at<const float>(x), at<const std::uint8_t>(mask), n, center, at<double>(partial),
+                   at<float>(out), threads);
+}
+
+void value_rows(Address values, Address old_values, Address returns, Address mask, std::int64_t n,
+                double cliprange, Address gradient, Address partial, Address sums, int threads) {
+  fastrlhf::value_rows({at<const float>(values), at<const float>(old_values),
+                        at<const float>(returns), at<const std::uint8_t>(mask), n, cliprange},
+                       at<float>(gradient), at<double>(partial), at<double>(sums), threads);
+}
+
+void policy_rows(Address logprobs, Address old_logprobs, Address advantages, Address mask,
+                 std::int64_t n, Address entropy, Address kl, Address ref_logprobs,
+                 Address weights, Address sequence_log_ratios, int loss, int estimator, double low,
+                 double high, double dual_clip, double kl_coef, double old_kl_coef,
+                 double entropy_coef, Address slopes, Address partial, Address sums,
+                 int threads) {
+  fastrlhf::policy_rows(
+      {at<const float>(logprobs), at<const float>(old_logprobs), at<const float>(advantages),
+       at<const std::uint8_t>(mask), n, at<const float>(entropy), at<const float>(kl),
+       at<const float>(ref_logprobs), at<const float>(weights),
+       at<const float>(sequence_log_ratios)},
+      {static_cast<fastrlhf::Loss>(loss), static_cast<fastrlhf::KlEstimator>(estimator), low, high,
+       dual_clip, kl_coef, old_kl_coef, entropy_coef},
+      at<float>(slopes), at<double>(partial), at<double>(sums), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
@@ -94,4 +150,9 @@ NB_MODULE(_csrc, module) {
   module.def("logit_gradient", &logit_gradient, release);
   module.def("compact_rows", &compact_rows, release);
   module.def("sample", &sample, release);
+  module.def("adamw_step", &adamw_step, release);
+  module.def("gae", &gae, release);
+  module.def("whiten", &whiten, release);
+  module.def("value_rows", &value_rows, release);
+  module.def("policy_rows", &policy_rows, release);
 }

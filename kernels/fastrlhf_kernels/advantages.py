@@ -1,6 +1,7 @@
 """Generalised advantage estimation and masked whitening.
 
-Plain torch on every device: T steps on [B] vectors. Formulas: docs/math.md, sections 4 and 5.2.
+One sweep over the tokens on CPUs; plain torch elsewhere (T steps on [B] vectors) and under
+torch.compile. Formulas: docs/math.md, sections 4 and 5.2.
 Deviation from Schulman et al. 2016: tokens masked out inside a sequence are skipped, so that the
 token before them bootstraps from the token after them.
 """
@@ -10,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu_tokens, reference
 from ._backend import check_mask, check_same_shape, compute_dtype, describe, resolve
 
 
@@ -41,7 +42,12 @@ def gae(
         if not (math.isfinite(number) and 0 <= number <= 1):
             raise ValueError(f"{op}: {name}={number!r} must lie in [0, 1]")
     dtype = compute_dtype(rewards, values)
-    resolve(backend, rewards.device, dtype, op=op, available=("reference",))
+    backend = resolve(
+        backend, rewards.device, dtype, op=op, available=("reference", "cpu"),
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.gae(rewards, values, mask, gamma, lam)
     with torch.no_grad():
         return reference.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam)
 
@@ -59,5 +65,12 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
     check_mask(op, mask)
     check_same_shape(op, x=x, mask=mask)
     dtype = compute_dtype(x)
-    resolve(backend, x.device, dtype, op=op, available=("reference",))
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    compiled = torch.compiler.is_compiling()
+    backend = resolve(
+        backend, x.device, dtype, op=op, available=("reference", "cpu"),
+        unsupported="torch.compile" if compiled else "a gradient" if differentiated else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.whiten(x, mask, center)
     return reference.whiten(x.to(dtype), mask, center)

@@ -1,8 +1,8 @@
 """Policy and value losses of [N] vectors: what remains once the vocabulary is reduced.
 
-Plain torch on every device: a few operations on one number a token are no bottleneck. Deviation
-from PPO's paper: the clip range may be asymmetric, and an upper bound for negative advantages
-("dual clip") is on offer. Formulas: docs/math.md, section 3.
+One sweep for loss, statistics and derivatives on CPUs; plain torch elsewhere, and under
+torch.compile, which fuses it. Deviation from PPO's paper: the clip range may be asymmetric, and an
+upper bound for negative advantages ("dual clip") is on offer. Formulas: docs/math.md, section 3.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import token_losses
+from . import _cpu_tokens, token_losses
 from ._backend import check_device, check_mask, check_same_shape, compute_dtype, resolve
 from ._records import LossOutput, LossStats, PolicyLossSpec, ValueStats
 
@@ -106,7 +106,15 @@ def policy_loss(
     )  # fmt: skip
     check_same_shape(op, logprobs=logprobs, entropy=entropy, kl=kl)
     dtype = compute_dtype(logprobs, old_logprobs, advantages, ref_logprobs, entropy, kl)
-    resolve(backend, logprobs.device, dtype, op=op, available=("reference",))
+    backend = resolve(
+        backend, logprobs.device, dtype, op=op, available=("reference", "cpu"),
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.policy_loss(
+            spec, logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs,
+            entropy=entropy, kl=kl, sequence_ids=sequence_ids, num_items=num_items,
+        )  # fmt: skip
     rows = mask.reshape(-1).nonzero().squeeze(-1)
     given = [
         _valid_rows(rows, x, dtype)
@@ -156,7 +164,12 @@ def value_loss(
             f"{op}: cliprange_value={cliprange_value!r} must be finite and > 0, or None"
         )
     dtype = compute_dtype(values, old_values, returns)
-    resolve(backend, values.device, dtype, op=op, available=("reference",))
+    backend = resolve(
+        backend, values.device, dtype, op=op, available=("reference", "cpu"),
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.value_loss(values, old_values, returns, mask, cliprange_value, num_items)
     rows = mask.reshape(-1).nonzero().squeeze(-1)
     new, old, target = (
         x.reshape(-1)[rows].to(dtype) for x in (values, old_values.detach(), returns.detach())
