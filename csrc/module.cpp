@@ -7,9 +7,11 @@
 #include "rows.h"
 
 namespace nb = nanobind;
+using fastrlhf::ExtraRow;
 using fastrlhf::GivenRows;
 using fastrlhf::LogitRows;
 using fastrlhf::Rows;
+using fastrlhf::RowState;
 using fastrlhf::TableRow;
 using fastrlhf::Type;
 
@@ -23,21 +25,22 @@ T* at(Address address) {
 }
 
 void row_statistics(Address logits, Address ref_logits, std::int64_t rows, std::int64_t columns,
-                    std::int64_t stride, Address targets, Address bias, Address ref_bias,
-                    Address temperature, Address table, float logit_scale, float softcap,
-                    bool reverse, int threads) {
-  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride,
+                    std::int64_t stride, std::int64_t first, std::int64_t vocab, Address targets,
+                    Address temperature, Address table, Address bias, Address ref_bias,
+                    Address states, Address extras, float logit_scale, float softcap, bool reverse,
+                    int threads) {
+  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride, first, vocab,
                   at<const std::int64_t>(targets), at<const float>(temperature), logit_scale,
                   softcap, reverse, threads};
   fastrlhf::row_statistics(work, at<const float>(bias), at<const float>(ref_bias),
-                           at<TableRow>(table));
+                           at<RowState>(states), at<TableRow>(table), at<ExtraRow>(extras));
 }
 
 void row_gradient(Address logits, Address ref_logits, std::int64_t rows, std::int64_t columns,
-                  std::int64_t stride, Address targets, Address temperature, Address table,
-                  Address coefficients, float logit_scale, float softcap, bool reverse,
-                  int threads) {
-  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride,
+                  std::int64_t stride, std::int64_t first, std::int64_t vocab, Address targets,
+                  Address temperature, Address table, Address coefficients, float logit_scale,
+                  float softcap, bool reverse, int threads) {
+  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride, first, vocab,
                   at<const std::int64_t>(targets), at<const float>(temperature), logit_scale,
                   softcap, reverse, threads};
   fastrlhf::row_gradient(work, at<const TableRow>(table), at<const float>(coefficients));
@@ -88,6 +91,7 @@ void sample(Address logits, std::int64_t rows, std::int64_t columns, std::int64_
 
 NB_MODULE(_csrc, module) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
+  module.attr("STATE_BYTES") = sizeof(RowState);
   module.def("row_statistics", &row_statistics, release);
   module.def("row_gradient", &row_gradient, release);
   module.def("logit_statistics", &logit_statistics, release);

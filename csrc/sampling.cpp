@@ -31,8 +31,8 @@ std::int64_t pick(Reader& reader, const RunningSum& total, double uniform) {
   std::int64_t last_possible = -1;
   for (std::int64_t start = 0; start < reader.columns; start += kBlock) {
     const std::int64_t n = reader.load(start);
-    float sum, moment;
-    block_sums(reader.z, n, total.base(), reader.e, &sum, &moment);
+    const float sum = block_sums(reader.z, n, total.base()).sum;
+    block_exp(reader.z, n, total.base(), reader.e);
     const bool here = below + sum > wanted;
     double cumulative = below;
     if (here || start + n >= reader.columns || sum > 0.0f) {
@@ -65,11 +65,7 @@ void sample(const float* logits, std::int64_t rows, std::int64_t columns, std::i
     RunningSum total;
     for (std::int64_t start = 0; start < columns; start += kBlock) {
       const std::int64_t n = reader.load(start);
-      total.raise(block_max(reader.z, n));
-      float sum, moment;
-      block_sums(reader.z, n, total.base(), reader.e, &sum, &moment);
-      total.sum += sum;
-      total.moment += moment;
+      total.add(reader.z, n);
     }
     tokens[i] = -1;
     logprobs[i] = 0.0f;

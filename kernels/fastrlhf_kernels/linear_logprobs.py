@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._backend import check_choice, check_targets, resolve
+from ._cpu import EXTRA_COLUMNS
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
 from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 
@@ -19,15 +20,16 @@ from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, rows, options = arguments
+        *tensors, rows, options, extras = arguments
         inputs = HeadInputs(*tensors)
         ctx.save_for_backward(*tensors, rows)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        head = ChunkedHead(inputs, rows, options)
+        head = ChunkedHead(inputs, rows, options, keep_logits=False)
         table = torch.empty(rows.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
-            head.statistics(chunk, table[chunk.span])
+            part = None if extras is None else extras[chunk.span]
+            head.statistics(chunk, table[chunk.span], part)
 
         def scatter(column: int) -> Tensor:
             return torch.zeros(inputs.targets.shape).index_copy_(0, rows, table[:, column])
@@ -48,12 +50,12 @@ class _LinearLogprobs(torch.autograd.Function):
         # Rows that the loss does not use need no logits either.
         active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
         coefficients = coefficients[active]
-        head = ChunkedHead(inputs, rows[active], ctx.options)
+        head = ChunkedHead(inputs, rows[active], ctx.options, keep_logits=True)
         table = torch.empty(active.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             head.statistics(chunk, table[chunk.span])
             head.backward(chunk, table[chunk.span], coefficients[chunk.span], gradients)
-        return (*gradients.scaled(), *[None] * 7)
+        return (*gradients.scaled(), *[None] * 8)
 
 
 def _reference(
@@ -69,6 +71,18 @@ def _reference(
         kl_direction=options.kl_direction, stats=stats,
     )  # fmt: skip
     return reference.among_zeros(out, rows, inputs.targets.shape)
+
+
+def _extra(
+    extras: Tensor | None, rows: Tensor, count: int, stats: Collection[str]
+) -> dict[str, Tensor]:
+    """What `stats` names of extras [n, 3], at its places among `count` rows."""
+    if extras is None:
+        return {}
+    full = extras.new_zeros(count, len(EXTRA_COLUMNS)).index_copy_(0, rows, extras)
+    columns = dict(zip(EXTRA_COLUMNS, full.unbind(-1), strict=True))
+    columns["is_top1"] = columns["is_top1"] != 0
+    return {name: columns[name] for name in reference.EXTRA_STATS if name in stats}
 
 
 def _shaped(out: TokenLogprobs, shape: torch.Size) -> TokenLogprobs:
@@ -111,7 +125,7 @@ def linear_logprobs(
     kl_direction="reverse". Its head is ref_weight [V, D'] and ref_bias, or weight and bias where
     ref_weight is None. The reference gets no gradient. Rows whose target is `ignore_index` are
     never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" (of the
-    tempered logits; reference backend only). workspace_mb bounds the logits held at a time.
+    tempered logits, without gradient). workspace_mb bounds the logits held at a time.
 
     The `cpu` backend gives the same bits as linear_policy_loss for the same valid rows, in the same
     order, with the same workspace. Raises ValueError, with the shapes, for what does not fit.
@@ -127,12 +141,12 @@ def linear_logprobs(
         check_choice(op, "stats", name, reference.EXTRA_STATS)
     used = targets != ignore_index
     check_targets(op, targets, used, options.valid_vocab)
-    unsupported = f"stats={tuple(stats)}" if stats else None
-    dtype = inputs.temperature.dtype
-    backend = resolve(backend, hidden.device, dtype, op=op, unsupported=unsupported)
+    backend = resolve(backend, hidden.device, inputs.temperature.dtype, op=op)
     rows = used.reshape(-1).nonzero().squeeze(-1)
     if backend == "reference":
         out = _reference(inputs, rows, options, stats)
     else:
-        out = TokenLogprobs(*_LinearLogprobs.apply(*inputs, rows, options))
+        extras = torch.empty(rows.numel(), len(EXTRA_COLUMNS)) if stats else None
+        tokens = _LinearLogprobs.apply(*inputs, rows, options, extras)
+        out = TokenLogprobs(*tokens, _extra(extras, rows, targets.numel(), stats))
     return _shaped(out, targets.shape)

@@ -102,7 +102,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias)
         needs = tuple(policy.differentiate and needed for needed in ctx.needs_input_grad[:3])
         gradients = HeadGradients(inputs, needs)
-        head = ChunkedHead(inputs, policy.rows, policy.options)
+        head = ChunkedHead(inputs, policy.rows, policy.options, keep_logits=gradients.needed())
         table = torch.empty(policy.rows.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             part = table[chunk.span]
