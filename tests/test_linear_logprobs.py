@@ -323,9 +323,10 @@ def test_extra_statistics(head_problem, backend, name):
         p.targets.clamp_(max=900)
     given = {k: x for k, x in options.items() if k != "kl_direction"}
     kept = options.get("valid_vocab", 1003)
+    temperature = torch.as_tensor(given.get("temperature", 1.0)).double().expand(13)
     logits = reference.head_logits(
-        p.hidden, p.weight, p.bias, torch.as_tensor(given.get("temperature", 1.0)).double().expand(13),
-        logit_scale=given.get("logit_scale", 1.0), softcap=given.get("softcap"), valid_vocab=kept,
+        p.hidden, p.weight, p.bias, temperature, valid_vocab=kept,
+        logit_scale=given.get("logit_scale", 1.0), softcap=given.get("softcap"),
     )  # fmt: skip
     p.targets[::3] = logits[::3].argmax(-1)
     expected = {

@@ -1,8 +1,8 @@
 """The head on a CPU, a chunk of rows at a time, in a fixed workspace.
 
 The matrix products are torch's, the row work is csrc's. How rows are cut into chunks and columns
-into tiles depends on the workspace, the vocabulary and the hidden size only, never on whether there
-is a reference or a gradient: the same rows then go through the same products in every op, and their
+into tiles depends on the workspace and the sizes of the problem only, never on whether there is a
+reference or a gradient: the same rows then go through the same products in every op, and their
 log-probabilities agree to the last bit. That is what makes PPO's first ratio exactly 1.
 
 A chunk meets the weight tile by tile: a tile stays in the cache from the packing of its product to
@@ -41,9 +41,14 @@ class HeadOptions:
         return min(self.workspace_bytes // TILE_SHARE, TILE_MB * 2**20)
 
     @property
-    def rows_per_chunk(self) -> int:
+    def max_chunk_rows(self) -> int:
         logits_bytes = self.workspace_bytes - self.tile_bytes
         return min(MAX_CHUNK_ROWS, max(1, logits_bytes // (2 * self.valid_vocab * 4)))
+
+    def chunk_rows(self, count: int) -> int:
+        """Rows in a chunk of `count` rows: as even as they come, so that none is a small rest."""
+        chunks = -(-count // self.max_chunk_rows)
+        return max(1, -(-count // max(1, chunks)))
 
     def spans(self, size: int) -> list[slice]:
         """The tiles' columns, for a weight [V, size]."""
@@ -183,14 +188,14 @@ class ChunkedHead:
             self.reference = _Weight(inputs.ref_weight, inputs.ref_bias, vocab, columns)
         elif inputs.ref_hidden is not None:
             self.reference = self.policy
-        count = min(options.rows_per_chunk, rows.numel())
+        self.chunk_rows = count = options.chunk_rows(rows.numel())
         size = count * (vocab if keep_logits else columns)
         self._logits = torch.empty(size)
         self._ref_logits = None if self.reference is None else torch.empty(size)
         self._states = _cpu.row_states(count)
 
     def chunks(self) -> Iterator[Chunk]:
-        count, step = self.rows.numel(), self.options.rows_per_chunk
+        count, step = self.rows.numel(), self.chunk_rows
         for start in range(0, count, step):
             span = slice(start, min(count, start + step))
             rows = self.rows[span]
