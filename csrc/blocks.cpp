@@ -105,6 +105,14 @@ void block_exp(const float* z, std::int64_t n, float base, float* e) {
 }
 
 FASTRLHF_CLONES
+double block_total(const float* e, std::int64_t n) {
+  double total = 0.0;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t j = 0; j < n; ++j) total += e[j];
+  return total;
+}
+
+FASTRLHF_CLONES
 float block_cross(const float* x, float x_base, const float* y, float y_base, std::int64_t n) {
   float g = 0.0f;
 #pragma omp simd reduction(+ : g)

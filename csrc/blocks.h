@@ -57,6 +57,8 @@ void block_extras(const float* z, std::int64_t n, float base, float* total, floa
 // e <- exp(z - base), exactly 0 where it is below e^-87.3
 void block_exp(const float* z, std::int64_t n, float base, float* e);
 
+double block_total(const float* e, std::int64_t n);
+
 // sum of e * ((x - x_base) - (y - y_base)), with e = exp(x - x_base)
 float block_cross(const float* x, float x_base, const float* y, float y_base, std::int64_t n);
 

@@ -80,11 +80,12 @@ void compact_rows(Address logits, Address kept, std::int64_t count, std::int64_t
                          threads);
 }
 
-void sample(Address logits, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-            Address temperature, Address uniform, Address tokens, Address logprobs, int threads) {
-  fastrlhf::sample(at<const float>(logits), rows, columns, stride, at<const float>(temperature),
-                   at<const float>(uniform), at<std::int64_t>(tokens), at<float>(logprobs),
-                   threads);
+void sample(Address logits, int type, Address offsets, std::int64_t rows, std::int64_t columns,
+            Address temperature, Address uniform, std::int64_t top_k, double top_p, Address tokens,
+            Address logprobs, int threads) {
+  fastrlhf::sample(logit_rows(logits, type, offsets), rows, columns, at<const float>(temperature),
+                   at<const float>(uniform), {top_k, top_p}, at<std::int64_t>(tokens),
+                   at<float>(logprobs), threads);
 }
 
 }  // namespace

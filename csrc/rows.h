@@ -97,8 +97,15 @@ void logit_gradient(const GivenRows& rows, const TableRow* table, const float* c
                     const GradientRows& gradient);
 void compact_rows(float* logits, const std::int64_t* kept, std::int64_t count,
                   std::int64_t columns, std::int64_t stride, int threads);
-void sample(const float* logits, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-            const float* temperature, const float* uniform, std::int64_t* tokens, float* logprobs,
-            int threads);
+// Which tokens may be drawn: the top_k largest (0: all), of those the fewest with a mass of top_p.
+struct Narrowing {
+  std::int64_t top_k;
+  double top_p;
+};
+
+// A token is -1 where a row has no finite sum.
+void sample(const LogitRows& logits, std::int64_t rows, std::int64_t columns,
+            const float* temperature, const float* uniform, const Narrowing& narrowing,
+            std::int64_t* tokens, float* logprobs, int threads);
 
 }  // namespace fastrlhf

@@ -232,15 +232,20 @@ def compact_rows(logits: Tensor, kept: Tensor) -> None:
     )  # fmt: skip
 
 
-def sample_rows(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] (−1 where a row has no finite sum) and their log-probabilities [B]."""
+def sample_rows(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B] (−1 where a row has no finite sum) and their log-probabilities [B].
+
+    logits [B, V] of any of `TYPES` are read where they lie.
+    """
     rows, columns = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64)
     logprobs = torch.empty(rows)
+    offsets = _row_offsets(logits)
     _csrc.sample(
-        _pointer(logits, torch.float32, (rows, columns)), rows, columns, logits.stride(0),
-        _pointer(temperature, torch.float32, (rows,)),
-        _pointer(uniform, torch.float32, (rows,)),
+        *_place(logits, offsets), rows, columns, _pointer(temperature, torch.float32, (rows,)),
+        _pointer(uniform, torch.float32, (rows,)), top_k, top_p,
         tokens.data_ptr(), logprobs.data_ptr(), _threads(logits.numel()),
     )  # fmt: skip
     return tokens, logprobs
