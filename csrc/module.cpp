@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "products.h"
 #include "rows.h"
 
 namespace nb = nanobind;
@@ -88,6 +89,14 @@ void sample(Address logits, int type, Address offsets, std::int64_t rows, std::i
                    at<float>(logprobs), threads);
 }
 
+void bfloat16_product(Address left, Address right, Address out, std::int64_t rows,
+                      std::int64_t columns, std::int64_t depth, std::int64_t stride,
+                      Address packed, int threads) {
+  fastrlhf::bfloat16_product({at<const std::uint16_t>(left), at<const std::uint16_t>(right),
+                              at<float>(out), rows, columns, depth, stride,
+                              at<std::uint16_t>(packed), threads});
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
@@ -98,5 +107,8 @@ NB_MODULE(_csrc, module) {
   module.def("logit_statistics", &logit_statistics, release);
   module.def("logit_gradient", &logit_gradient, release);
   module.def("compact_rows", &compact_rows, release);
+  module.attr("PANEL") = fastrlhf::kPanel;
+  module.def("has_bfloat16_products", &fastrlhf::has_bfloat16_products);
+  module.def("bfloat16_product", &bfloat16_product, release);
   module.def("sample", &sample, release);
 }

@@ -281,40 +281,6 @@ def test_bits_repeat_and_a_row_hardly_knows_its_neighbours(head_problem):
         torch.testing.assert_close(getattr(shuffled, name), x[order], rtol=0, atol=2e-6)
 
 
-@cpu_only
-def test_row_kernels_give_the_same_bits_on_one_thread_and_on_two():
-    generator = torch.Generator().manual_seed(0)
-    logits, ref_logits = torch.randn(2, 41, 4099, generator=generator)
-    targets = torch.randint(0, 4099, (41,), generator=generator)
-    temperature, coefficients = torch.linspace(0.5, 2, 41), torch.randn(41, 3, generator=generator)
-    kept = torch.arange(0, 41, 3)
-    threads, results = torch.get_num_threads(), []
-    options = {"logit_scale": 1.0, "softcap": 20.0, "reverse": False}
-    for count in (1, 2):
-        try:
-            torch.set_num_threads(count)
-            z, ref, table = logits.clone(), ref_logits.clone(), torch.full((41, 8), torch.nan)
-            states, extras = _cpu.row_states(41).fill_(255), torch.full((41, 3), torch.nan)
-            tiles = [
-                _cpu.Tile(z[:, x : x + 2048], ref[:, x : x + 2048], x, 4099)
-                for x in range(0, 4099, 2048)
-            ]
-            for tile in tiles:
-                _cpu.row_statistics(
-                    tile, targets, None, None, temperature, states, table, extras, **options
-                )
-            for tile in tiles:
-                _cpu.row_gradient(tile, targets, temperature, table, coefficients, **options)
-            whole = z.clone()
-            _cpu.compact_rows(z, kept)
-        finally:
-            torch.set_num_threads(threads)
-        assert torch.equal(z[: kept.numel()], whole[kept])
-        results.append((table, whole, extras))
-    for one, two in zip(*results, strict=True):
-        assert one.isfinite().all() and torch.equal(one, two)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_extra_statistics(head_problem, backend, name):
@@ -346,38 +312,3 @@ def test_extra_statistics(head_problem, backend, name):
                 assert not got.requires_grad and got.shape == p.targets.shape
                 torch.testing.assert_close(got, truth.to(got.dtype), rtol=2e-6, atol=2e-6)
     assert out.extra["log_sum_sq_probs"].ne(0).equal(p.mask)
-
-
-@cpu_only
-def test_the_first_of_equal_logits_is_the_top_one():
-    weight = torch.zeros(2500, 1)
-    weight[[1100, 1300, 2400]] = 1.0
-    targets = torch.tensor([0, 1100, 1300, 2400])
-    hidden = torch.ones(4, 1)
-    for mb in (0.2, None):
-        out = linear_logprobs(
-            hidden, weight, targets, stats=("is_top1",), workspace_mb=mb, backend="cpu"
-        )
-        assert out.extra["is_top1"].tolist() == [False, True, False, False]
-    out = linear_logprobs(-hidden, weight, targets, stats=("is_top1",), backend="cpu")
-    assert out.extra["is_top1"].tolist() == [True, False, False, False]
-
-
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@cpu_only
-def test_the_gradient_where_the_target_does_not_exist(softcap):
-    hidden, weight = torch.randn(3, 4), torch.randn(2100, 4)
-    targets, bias = torch.tensor([0, 30, 2080]), torch.zeros(2100)
-    bias[7:2060] = -torch.inf
-    grads = []
-    for backend in ("reference", "cpu"):
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        out = linear_logprobs(
-            *leaves, targets, bias=bias, ref_hidden=hidden + 0.1, ref_weight=weight,
-            ref_bias=torch.zeros(2100), softcap=softcap, backend=backend,
-        )  # fmt: skip
-        assert softcap or out.logprobs[1] == -torch.inf
-        grads.append(torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves))
-    for x, y in zip(*grads, strict=True):
-        assert x.isfinite().all()
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

@@ -66,6 +66,33 @@ def _threads(elements: int) -> int:
     return min(torch.get_num_threads(), 1 + elements // 65_536)
 
 
+def multiplies_bfloat16(left: Tensor, right: Tensor) -> bool:
+    """Whether `bfloat16_product` takes these operands on this machine."""
+    low = left.dtype == right.dtype == torch.bfloat16
+    fits = left.shape[1] % 2 == 0 and right.stride() == (right.shape[1], 1)
+    return low and fits and bool(_csrc.has_bfloat16_products())
+
+
+def packed_columns(columns: int, depth: int) -> Tensor:
+    """Memory for `bfloat16_product` with that many columns."""
+    return torch.empty(-(-columns // _csrc.PANEL) * _csrc.PANEL, depth, dtype=torch.bfloat16)
+
+
+def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -> None:
+    """`torch.mm(left.float(), right.float().t(), out=out)`, summed in another order.
+
+    left [n, d] and right [t, d] bfloat16, out [n, t] float32, packed: of `packed_columns`.
+    """
+    (rows, depth), columns = left.shape, right.shape[0]
+    assert packed.shape[0] >= columns and left.is_contiguous() and right.is_contiguous()
+    _csrc.bfloat16_product(
+        _pointer(left, torch.bfloat16, (rows, depth)),
+        _pointer(right, torch.bfloat16, (columns, depth)),
+        _pointer(out, torch.float32, (rows, columns)), rows, columns, depth, out.stride(0),
+        _pointer(packed, torch.bfloat16, (packed.shape[0], depth)), _threads(rows * columns * 8),
+    )  # fmt: skip
+
+
 def row_states(rows: int) -> Tensor:
     """Memory for what `row_statistics` knows of each row between two tiles."""
     return torch.empty(rows, _csrc.STATE_BYTES, dtype=torch.uint8)

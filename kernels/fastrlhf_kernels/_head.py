@@ -1,14 +1,16 @@
 """The head on a CPU, a chunk of rows at a time, in a fixed workspace.
 
-The matrix products are torch's, the row work is csrc's. How rows are cut into chunks and columns
-into tiles depends on the workspace and the sizes of the problem only, never on whether there is a
-reference or a gradient: the same rows then go through the same products in every op, and their
-log-probabilities agree to the last bit. That is what makes PPO's first ratio exactly 1.
+The matrix products are torch's, but for one, and the row work is csrc's. How rows are cut into
+chunks and columns into tiles depends on the workspace and the sizes of the problem only, never on
+whether there is a reference or a gradient: the same rows then go through the same products in every
+op, and their log-probabilities agree to the last bit. That is what makes PPO's first ratio exactly
+1.
 
 A chunk meets the weight tile by tile: a tile stays in the cache from the packing of its product to
-the row work on its logits, and a tile of a bf16 or fp16 weight is raised to float32 on its way, so
-that logits are never rounded. Statistics alone keep the logits of one tile; where a gradient
-follows, the tiles of a whole chunk lie one after another in the workspace.
+the row work on its logits. Those are never rounded: a tile of a bf16 or fp16 weight is raised to
+float32 on its way, or, where hidden states and weight are bf16 and the CPU multiplies such pairs,
+goes through csrc's own product with float32 sums. Statistics alone keep the logits of one tile;
+where a gradient follows, the tiles of a whole chunk lie one after another in the workspace.
 """
 
 from collections.abc import Iterator
@@ -120,17 +122,36 @@ def head_inputs(
 
 
 class _Weight:
-    """Products with weight[:vocab], tile by tile."""
+    """Products with weight[:vocab], tile by tile, for hidden states of one dtype."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, vocab: int, tile_columns: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab: int, tile_columns: int
+    ) -> None:
         self.weight = weight.detach()[:vocab]
         self.bias = None if bias is None else bias.detach()[:vocab].float().contiguous()
-        direct = weight.dtype == torch.float32
-        self.raised = None if direct else torch.empty(tile_columns, weight.shape[1])
+        self.tile_columns, depth = tile_columns, weight.shape[1]
+        low = _cpu.multiplies_bfloat16(hidden, self.weight)
+        self.packed = _cpu.packed_columns(tile_columns, depth) if low else None
+        self._raised: Tensor | None = None
 
     def tile(self, span: slice) -> Tensor:
+        """A tile in float32."""
         tile = self.weight[span]
-        return tile if self.raised is None else self.raised[: tile.shape[0]].copy_(tile)
+        if tile.dtype == torch.float32:
+            return tile
+        if self._raised is None:
+            self._raised = torch.empty(self.tile_columns, tile.shape[1])
+        return self._raised[: tile.shape[0]].copy_(tile)
+
+    def operand(self, hidden: Tensor) -> Tensor:
+        """Rows of hidden, in float32, as `logits_into` takes them; no number is changed."""
+        return hidden if self.packed is None else hidden.bfloat16()
+
+    def logits_into(self, operand: Tensor, span: slice, logits: Tensor) -> None:
+        if self.packed is None:
+            torch.mm(operand, self.tile(span).t(), out=logits)
+        else:
+            _cpu.bfloat16_product(operand, self.weight[span], logits, self.packed)
 
 
 class Chunk(NamedTuple):
@@ -182,12 +203,14 @@ class ChunkedHead:
         vocab = options.valid_vocab
         self.spans = options.spans(inputs.weight.shape[1])
         columns = self.spans[0].stop
-        self.policy = _Weight(inputs.weight, inputs.bias, vocab, columns)
+        self.policy = _Weight(inputs.weight, inputs.bias, inputs.hidden, vocab, columns)
         self.reference: _Weight | None = None
-        if inputs.ref_weight is not None:
-            self.reference = _Weight(inputs.ref_weight, inputs.ref_bias, vocab, columns)
-        elif inputs.ref_hidden is not None:
-            self.reference = self.policy
+        if inputs.ref_hidden is not None:
+            own = (inputs.ref_weight, inputs.ref_bias)
+            shared = (inputs.weight, inputs.bias)
+            weight, bias = shared if inputs.ref_weight is None else own
+            assert weight is not None
+            self.reference = _Weight(weight, bias, inputs.ref_hidden, vocab, columns)
         self.chunk_rows = count = options.chunk_rows(rows.numel())
         size = count * (vocab if keep_logits else columns)
         self._logits = torch.empty(size)
@@ -217,16 +240,18 @@ class ChunkedHead:
 
     def statistics(self, chunk: Chunk, table: Tensor, extras: Tensor | None = None) -> None:
         """Fill table [n, TABLE_COLUMNS], and extras [n, 3] where wanted."""
-        count, ref_hidden, ref_bias = chunk.rows.numel(), None, None
+        count, ref_operand, ref_bias = chunk.rows.numel(), None, None
+        operand = self.policy.operand(chunk.hidden)
         if self.reference is not None:
             assert self.inputs.ref_hidden is not None
             ref_hidden = self.inputs.ref_hidden.index_select(0, chunk.rows).float()
-            ref_bias = self.reference.bias
+            ref_operand, ref_bias = self.reference.operand(ref_hidden), self.reference.bias
         for span in self.spans:
             tile = self._tile(count, span)
-            torch.mm(chunk.hidden, self.policy.tile(span).t(), out=tile.logits)
-            if self.reference is not None and tile.ref_logits is not None:
-                torch.mm(ref_hidden, self.reference.tile(span).t(), out=tile.ref_logits)
+            self.policy.logits_into(operand, span, tile.logits)
+            if self.reference is not None:
+                assert ref_operand is not None and tile.ref_logits is not None
+                self.reference.logits_into(ref_operand, span, tile.ref_logits)
             _cpu.row_statistics(
                 tile, chunk.targets, self.policy.bias, ref_bias, chunk.temperature,
                 self._states[:count], table, extras, logit_scale=self.options.logit_scale,

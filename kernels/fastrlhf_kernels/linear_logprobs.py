@@ -147,6 +147,7 @@ def linear_logprobs(
         out = _reference(inputs, rows, options, stats)
     else:
         extras = torch.empty(rows.numel(), len(EXTRA_COLUMNS)) if stats else None
-        tokens = _LinearLogprobs.apply(*inputs, rows, options, extras)
-        out = TokenLogprobs(*tokens, _extra(extras, rows, targets.numel(), stats))
+        logprobs, entropy, kl = _LinearLogprobs.apply(*inputs, rows, options, extras)
+        extra = _extra(extras, rows, targets.numel(), stats)
+        out = TokenLogprobs(logprobs, entropy, kl, extra)
     return _shaped(out, targets.shape)
