@@ -5,13 +5,16 @@
 #include <cstdint>
 
 #include "adamw8bit.h"
+#include "products.h"
 #include "rows.h"
 #include "tokens.h"
 
 namespace nb = nanobind;
+using fastrlhf::ExtraRow;
 using fastrlhf::GivenRows;
 using fastrlhf::LogitRows;
 using fastrlhf::Rows;
+using fastrlhf::RowState;
 using fastrlhf::TableRow;
 using fastrlhf::Type;
 
@@ -25,21 +28,22 @@ T* at(Address address) {
 }
 
 void row_statistics(Address logits, Address ref_logits, std::int64_t rows, std::int64_t columns,
-                    std::int64_t stride, Address targets, Address bias, Address ref_bias,
-                    Address temperature, Address table, float logit_scale, float softcap,
-                    bool reverse, int threads) {
-  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride,
+                    std::int64_t stride, std::int64_t first, std::int64_t vocab, Address targets,
+                    Address temperature, Address table, Address bias, Address ref_bias,
+                    Address states, Address extras, float logit_scale, float softcap, bool reverse,
+                    int threads) {
+  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride, first, vocab,
                   at<const std::int64_t>(targets), at<const float>(temperature), logit_scale,
                   softcap, reverse, threads};
   fastrlhf::row_statistics(work, at<const float>(bias), at<const float>(ref_bias),
-                           at<TableRow>(table));
+                           at<RowState>(states), at<TableRow>(table), at<ExtraRow>(extras));
 }
 
 void row_gradient(Address logits, Address ref_logits, std::int64_t rows, std::int64_t columns,
-                  std::int64_t stride, Address targets, Address temperature, Address table,
-                  Address coefficients, float logit_scale, float softcap, bool reverse,
-                  int threads) {
-  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride,
+                  std::int64_t stride, std::int64_t first, std::int64_t vocab, Address targets,
+                  Address temperature, Address table, Address coefficients, float logit_scale,
+                  float softcap, bool reverse, int threads) {
+  const Rows work{at<float>(logits), at<float>(ref_logits), rows, columns, stride, first, vocab,
                   at<const std::int64_t>(targets), at<const float>(temperature), logit_scale,
                   softcap, reverse, threads};
   fastrlhf::row_gradient(work, at<const TableRow>(table), at<const float>(coefficients));
@@ -79,11 +83,20 @@ void compact_rows(Address logits, Address kept, std::int64_t count, std::int64_t
                          threads);
 }
 
-void sample(Address logits, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-            Address temperature, Address uniform, Address tokens, Address logprobs, int threads) {
-  fastrlhf::sample(at<const float>(logits), rows, columns, stride, at<const float>(temperature),
-                   at<const float>(uniform), at<std::int64_t>(tokens), at<float>(logprobs),
-                   threads);
+void sample(Address logits, int type, Address offsets, std::int64_t rows, std::int64_t columns,
+            Address temperature, Address uniform, std::int64_t top_k, double top_p, Address tokens,
+            Address logprobs, int threads) {
+  fastrlhf::sample(logit_rows(logits, type, offsets), rows, columns, at<const float>(temperature),
+                   at<const float>(uniform), {top_k, top_p}, at<std::int64_t>(tokens),
+                   at<float>(logprobs), threads);
+}
+
+void bfloat16_product(Address left, Address right, Address out, std::int64_t rows,
+                      std::int64_t columns, std::int64_t depth, std::int64_t stride,
+                      Address packed, int threads) {
+  fastrlhf::bfloat16_product({at<const std::uint16_t>(left), at<const std::uint16_t>(right),
+                              at<float>(out), rows, columns, depth, stride,
+                              at<std::uint16_t>(packed), threads});
 }
 
 void adamw_step(Address parameter, int type, Address gradient, int gradient_type,
@@ -144,11 +157,15 @@ void policy_rows(Address logprobs, Address old_logprobs, Address advantages, Add
 
 NB_MODULE(_csrc, module) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
+  module.attr("STATE_BYTES") = sizeof(RowState);
   module.def("row_statistics", &row_statistics, release);
   module.def("row_gradient", &row_gradient, release);
   module.def("logit_statistics", &logit_statistics, release);
   module.def("logit_gradient", &logit_gradient, release);
   module.def("compact_rows", &compact_rows, release);
+  module.attr("PANEL") = fastrlhf::kPanel;
+  module.def("has_bfloat16_products", &fastrlhf::has_bfloat16_products);
+  module.def("bfloat16_product", &bfloat16_product, release);
   module.def("sample", &sample, release);
   module.def("adamw_step", &adamw_step, release);
   module.def("gae", &gae, release);

@@ -164,7 +164,7 @@ def _loss_in_forward(
 
         return loss_in_forward(inputs, rows, options, tokens, needs)
     gradients = HeadGradients(inputs, needs)
-    head = ChunkedHead(inputs, rows, options)
+    head = ChunkedHead(inputs, rows, options, keep_logits=gradients.needed())
     table = torch.empty(rows.numel(), TABLE_COLUMNS)
     for chunk in head.chunks():
         part = table[chunk.span]
