@@ -3,14 +3,8 @@
 #include <cstring>
 #include <limits>
 
+#include "clones.h"
 #include "vector_math.h"
-
-#if defined(FASTRLHF_TARGET_CLONES)
-#define FASTRLHF_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTRLHF_CLONES
-#endif
 
 namespace fastrlhf {
 

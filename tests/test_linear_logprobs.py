@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrlhf_kernels import _cpu, linear_logprobs, reference
+from fastrlhf_kernels._records import EXTRA_STATS
 
 cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
@@ -302,7 +303,7 @@ def test_extra_statistics(head_problem, backend, name):
     }
     # Several tiles, with and without a reference, one statistic and all of them.
     small = p.to(torch.float32)
-    for names in (reference.EXTRA_STATS, ("log_sum_sq_probs",)):
+    for names in (EXTRA_STATS, ("log_sum_sq_probs",)):
         for head in (("bias",), ("bias", "ref_hidden", "ref_weight", "ref_bias")):
             out = call(small, backend=backend, head=head, stats=names, **options)
             assert tuple(out.extra) == names

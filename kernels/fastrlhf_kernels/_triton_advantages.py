@@ -46,11 +46,7 @@ def _gae_kernel(
 
 @triton.jit(do_not_specialize=["count", "parts"])
 def _moments_kernel(x_ptr, mask_ptr, parts_ptr, count, parts, BLOCK: tl.constexpr):
-<<<<<<< HEAD
     """Number, mean, what its rounding lost, and squared deviations of a block's kept entries."""
-=======
-    """Number, mean and squared deviations of a block's kept entries."""
->>>>>>> main
     pid = tl.program_id(0).to(tl.int64)
     place = pid * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
@@ -61,12 +57,8 @@ def _moments_kernel(x_ptr, mask_ptr, parts_ptr, count, parts, BLOCK: tl.constexp
     gap = tl.where(mask, x - mean, 0.0)
     tl.store(parts_ptr + pid, number)
     tl.store(parts_ptr + parts + pid, mean)
-<<<<<<< HEAD
     tl.store(parts_ptr + 2 * parts + pid, tl.div_rn(tl.sum(gap, 0), tl.maximum(number, 1.0)))
     tl.store(parts_ptr + 3 * parts + pid, tl.sum(gap * gap, 0))
-=======
-    tl.store(parts_ptr + 2 * parts + pid, tl.sum(gap * gap, 0))
->>>>>>> main
 
 
 @triton.jit(do_not_specialize=["count", "parts", "center"])
@@ -76,11 +68,7 @@ def _whiten_kernel(
 ):  # fmt: skip
     """Merges the moments of all blocks, in the same order in every program, and applies them."""
     numbers = tl.zeros([PARTS], tl.float32)
-<<<<<<< HEAD
     sums, rests, squares = numbers, numbers, numbers
-=======
-    sums, squares = numbers, numbers
->>>>>>> main
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         number = tl.load(parts_ptr + part, mask=part < parts, other=0.0)
@@ -92,27 +80,18 @@ def _whiten_kernel(
         part = start + tl.arange(0, PARTS)
         number = tl.load(parts_ptr + part, mask=part < parts, other=0.0)
         gap = tl.load(parts_ptr + parts + part, mask=part < parts, other=0.0) - mean
-<<<<<<< HEAD
         gap += tl.load(parts_ptr + 2 * parts + part, mask=part < parts, other=0.0)
         rests += number * gap
         squares += tl.load(parts_ptr + 3 * parts + part, mask=part < parts, other=0.0)
         squares += number * gap * gap
     rest = tl.div_rn(tl.sum(rests, 0), tl.maximum(kept, 1.0))
-=======
-        squares += tl.load(parts_ptr + 2 * parts + part, mask=part < parts, other=0.0)
-        squares += number * gap * gap
->>>>>>> main
     variance = tl.div_rn(tl.sum(squares, 0), tl.maximum(kept - 1.0, 1.0))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + 1e-8))
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     mask = inside & (tl.load(mask_ptr + place, mask=inside, other=0) != 0)
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
-<<<<<<< HEAD
     whitened = ((x - mean) - rest) * rstd + tl.where(center != 0, 0.0, mean + rest)
-=======
-    whitened = (x - mean) * rstd + tl.where(center != 0, 0.0, mean)
->>>>>>> main
     tl.store(out_ptr + place, tl.where(mask, whitened, 0.0), mask=inside)
 
 
@@ -138,11 +117,7 @@ def whiten(x: Tensor, mask: Tensor, center: bool) -> Tensor:
     if count:
         entries, kept = flat(x), flat(mask)
         blocks = triton.cdiv(count, WHITEN_BLOCK)
-<<<<<<< HEAD
         parts = torch.empty(4, blocks, device=x.device)
-=======
-        parts = torch.empty(3, blocks, device=x.device)
->>>>>>> main
         options = {"BLOCK": WHITEN_BLOCK, "num_warps": 8}
         _moments_kernel[(blocks,)](entries, kept, parts, count, blocks, **options)
         _whiten_kernel[(blocks,)](
