@@ -35,10 +35,14 @@ KL_COEF = 0.05
 
 @lru_cache(maxsize=1)
 def head_weight(shape: str, dtype: str, device: str) -> Tensor:
-    """The head of a shape: as large as the rest of a group together, so made once."""
+    """The head of a shape: as large as the rest of a group together, so made once.
+
+    From a seed of its own: hidden states drawn like its first rows would be parallel to them.
+    """
     hidden, vocab, _ = SHAPES[shape]
     assert hidden is not None and vocab is not None
-    weight = torch.randn(vocab, hidden, device=device, dtype=DTYPES[dtype])
+    generator = torch.Generator(device).manual_seed(1)
+    weight = torch.randn(vocab, hidden, device=device, dtype=DTYPES[dtype], generator=generator)
     return weight.mul_(3 / hidden**0.5)
 
 
