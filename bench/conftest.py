@@ -1,9 +1,13 @@
 """`pytest bench/`: which groups run, and rows that are printed and kept as they come."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# As the command line sets it; read when torch loads OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import plan
 import pytest

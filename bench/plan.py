@@ -167,7 +167,10 @@ def select(
     tokens: int | None = None,
     without: Iterable[str] = (),
 ) -> list[Group]:
-    """The groups to run; empty `ops` and `shapes` mean all. Raises ValueError for unknown names."""
+    """The groups to run; empty `ops` and `shapes` mean all.
+
+    Raises ValueError for unknown names, and where nothing is left.
+    """
     check_names("op", ops, VARIANTS)
     check_names("shape", shapes, SHAPES)
     groups: Iterable[Group] = MUST_SHOW if must_show else all_groups(device)
@@ -180,4 +183,7 @@ def select(
         if tokens is not None and group.op in LOGITS + HEADS:
             group = group._replace(tokens=tokens)
         chosen.append(group._replace(without=group.without | set(without)))
+    if not chosen:
+        asked = ", ".join([*ops, *shapes, *(["--quick"] if quickly else [])])
+        raise ValueError(f"nothing is measured for {asked} together on {device}")
     return chosen

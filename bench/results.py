@@ -1,6 +1,6 @@
 """Results as data: where rows are kept, what each says of its machine, and the README's tables.
 
-python bench/results.py            rewrites the tables in README.md from bench/results/
+python bench/results.py   rewrites README.md's and docs/kernels.md's tables from bench/results/
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,23 @@ def memory_table() -> str:
 TABLES = {"demo": demo_table, "update_memory": memory_table}
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """``text`` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->", 1)
         after = rest.split(f"<!-- /{name} -->", 1)[1]
         text = f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{after}"
     return text
 
 
+def main() -> None:
+    import tables  # which imports this module
+
+    tables.draw()
+    for page, made in (("README.md", TABLES), ("docs/kernels.md", tables.TABLES)):
+        path = ROOT / page
+        path.write_text(with_tables(path.read_text(), made))
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    main()
