@@ -115,8 +115,8 @@ def test_xray_table_shows_the_worst_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     row = {
         "kernel": "statistics", "config": "a", "dtype": "bf16", "target": "sm_90",
-        "triton": "3.9.0", "registers": 120, "spills": 0, "shared_bytes": 65536, "matrix_instructions": 8,
-        "occupancy": 2,
+        "triton": "3.9.0", "registers": 120, "spills": 0, "shared_bytes": 65536,
+        "matrix_instructions": 8, "occupancy": 2,
     }  # fmt: skip
     worse = {"config": "b", "registers": 255, "matrix_instructions": 4, "occupancy": None}
     (tmp_path / "xray.json").write_text(json.dumps({"kernels": [row, row | worse]}))
