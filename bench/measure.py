@@ -19,8 +19,8 @@ from torch import Tensor
 
 Call = Callable[[], tuple[Tensor, ...]]
 
-OURS = ("cpu", "triton", "reference")
-UNAVAILABLE = ("backend; it has", "are not in this version", "out of memory", "needs Triton")
+OURS = ("cpu", "triton", "reference", "in place")
+UNAVAILABLE = ("backend; it has", "kernels are not installed", "out of memory", "needs Triton")
 """what our ops say where a backend does not exist here; every other error is a bug"""
 
 
@@ -79,7 +79,10 @@ def timed(call: Call, device: str, repeats: int = 1) -> float:
 
 
 def relative_rms(got: Tensor, truth: Tensor) -> float:
-    got, truth = got.detach().double(), truth.detach().double()
+    """‖got − truth‖ / ‖truth‖, over four million entries of what is larger."""
+    assert got.shape == truth.shape
+    step = max(1, truth.numel() >> 22) | 1  # odd, so that no column of a matrix is left out
+    got, truth = (x.detach().flatten()[::step].double() for x in (got, truth))
     return float((got - truth).norm() / truth.norm().clamp(min=1e-12))
 
 

@@ -57,7 +57,8 @@ CPU_HEAD_TOKENS = {
 CPU_LARGE = ("Qwen2.5-1.5B", "Llama-3-8B")
 GPU_TOKENS = {"float32": 2048, "bfloat16": 8192}
 NO_TRL = frozenset({"trl"})
-# Plain torch in float32: what eager is, twice over, where minutes count.
+# Left out where they would cost the most and say the least: the reference is eager torch in
+# float32, and the compiler takes its seconds for every shape.
 SLOW = frozenset({"reference", "torch.compile"})
 
 

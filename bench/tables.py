@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from plan import MUST_SHOW, VARIANTS
+from plan import DTYPES, MUST_SHOW, SHAPES, VARIANTS
 from results import GROUP, NOT_MEASURED, RESULTS, ROOT, read_path
 
 Row = dict[str, Any]
@@ -14,7 +14,7 @@ PLOT = ROOT / "docs" / "kernels.png"
 OURS = ("triton", "cpu", "reference")
 PEERS = {
     "eager": "eager", "torch.compile": "torch.compile", "trl": "TRL", "liger": "Liger",
-    "bitsandbytes": "bitsandbytes", "reference": "our reference",
+    "bitsandbytes": "bitsandbytes", "reference": "our reference", "in place": "ours in place",
 }  # fmt: skip
 VERSIONS = ("torch", "triton", "trl", "liger-kernel", "bitsandbytes")
 ABSENT = "–"
@@ -28,7 +28,12 @@ def all_rows() -> list[Row]:
 def grouped(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
     """What was measured in turns with each other: (device, op, ...) -> candidate -> row."""
     groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
+    order = [list(VARIANTS), list(SHAPES), list(DTYPES)]
+
+    def place(row: Row) -> list[int]:
+        return [x.index(row[f]) for x, f in zip(order, ("op", "shape", "dtype"), strict=True)]
+
+    for row in sorted(rows, key=place):
         key = (row["device"], *(row[field] for field in GROUP))
         groups.setdefault(key, {})[row["provider"]] = row
     return groups
@@ -149,25 +154,34 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    marks = {"cpu": "o", "triton": "o", "eager": "s", "torch.compile": "^", "trl": "D"}
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.22 * len(shown)))
-    labels = [
-        " ".join(str(x) for x in (op, mode, variant, shape, dtype, f"N {count}") if x)
-        for _, op, mode, variant, shape, dtype, count in shown
-    ]
+    devices = {key[0]: [x for x in shown if x[0] == key[0]] for key in shown}
+    heights = [len(keys) + 6 for keys in devices.values()]
+    figure, panels = pyplot.subplots(
+        len(devices), 1, figsize=(9, 0.2 * sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axes, (device, keys) in zip(panels[:, 0], devices.items(), strict=True):
+        _panel(axes, [shown[key] for key in keys])
+        labels = [" ".join(str(x) for x in (*key[1:6], f"N {key[6]}") if x) for key in keys]
+        axes.set_yticks(range(len(labels)), labels, fontsize=6)
+        axes.set_title(device, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _panel(axes: Any, groups: Sequence[dict[str, Row]]) -> None:
+    marks = {
+        "cpu": "o", "triton": "o", "eager": "s", "torch.compile": "^", "trl": "D", "liger": "v",
+    }  # fmt: skip
     for name, mark in marks.items():
-        points = [(g[name]["ratio_to_floor"], i) for i, g in enumerate(shown.values()) if name in g]
+        points = [(g[name]["ratio_to_floor"], i) for i, g in enumerate(groups) if name in g]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=mark, s=18, label=name)
-    axes.set_yticks(range(len(labels)), labels, fontsize=6)
     axes.set_xscale("log")
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_xlabel("time over the floor")
     axes.invert_yaxis()
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -82,7 +82,6 @@ def _statistics(group: Group, device: str, logits: Tensor, targets: Tensor) -> P
 
 def _gradient(group: Group, device: str, logits: Tensor, targets: Tensor) -> Problem:
     """d(Σ a·logprob − 0.01·Σ entropy)/d logits."""
-    # A result of an operation, as logits are, so that its memory can be given away.
     leaf = logits.requires_grad_()
     weights = torch.randn(group.tokens, device=device)
 
@@ -102,6 +101,18 @@ def _gradient(group: Group, device: str, logits: Tensor, targets: Tensor) -> Pro
         function = peers.trl_statistics()
         return gradient(lambda: function(leaf, targets))
 
+    def in_place() -> Call:
+        # The result of an operation, as logits are, whose memory the backward may write over.
+        given = leaf.mul(1.0)
+
+        def call() -> tuple[Tensor, ...]:
+            backend = OURS[device][0]
+            values, entropy, *_ = logprobs(given, targets, inplace_backward=True, backend=backend)
+            loss = (weights * values).sum() - 0.01 * entropy.sum()
+            return loss.detach(), *torch.autograd.grad(loss, given)
+
+        return call
+
     floors = _floors(logits.detach())
     calls: dict[str, Callable[[], Call]] = {
         "eager": lambda: gradient(lambda: peers.eager_statistics(leaf, targets)),
@@ -111,6 +122,7 @@ def _gradient(group: Group, device: str, logits: Tensor, targets: Tensor) -> Pro
             name: lambda name=name: gradient(lambda: logprobs(leaf, targets, backend=name)[:2])
             for name in OURS[device]
         },
+        "in place": in_place,
         **floors,
     }
     size = logits.numel() * logits.element_size() / 2**20
