@@ -65,7 +65,8 @@ def measured_on(rows: Iterable[Row]) -> str:
     ]
     threads = " or ".join(str(x) for x in sorted({row["threads"] for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return f"{rows[0]['device']}, {threads} threads; {', '.join(packages)}; commit {commits}."
+    device = f"{rows[0]['device']} ({threads} used by torch)"
+    return f"{device}; {', '.join(packages)}; commit {commits}."
 
 
 def op_table(op: str) -> str:
