@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench gpu clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,14 @@ demo: install
 
 test: install
 	$(BIN)/pytest
+
+bench: install
+	$(BIN)/fastrlhf bench
+
+# On a machine with CUDA torch and no network, with the Python that has that torch; bench/gpu.py.
+gpu:
+	$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(WHEELS),--wheels $(WHEELS)) \
+		$(if $(RESULTS),--results $(RESULTS))
 
 lint: install
 	$(BIN)/ruff check .
