@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+    verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.verb == "xray":
+        return show_kernels(rest)
     warnings.showwarning = show_warning
     # What follows is for the authors of the packages that we build on, not for who trains.
     for category in (FutureWarning, DeprecationWarning):
@@ -93,6 +96,12 @@ def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: floa
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
     return 0
+
+
+def show_kernels(words: Sequence[str]) -> int:
+    from fastrlhf_kernels import xray
+
+    return xray.main(words)
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
