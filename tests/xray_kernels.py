@@ -56,6 +56,7 @@ def product(
             BLOCK_N="constexpr", BLOCK_V="constexpr", BLOCK_D="constexpr", PRECISION="constexpr",
         ),
         dict(BLOCK_N=n, BLOCK_V=v, BLOCK_D=d, PRECISION="ieee"), warps, stages, True,
+        ("hidden_ptr", "weight_ptr", "out_ptr", "D"),
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def variants(target: str) -> Iterator[Variant]:
     yield Variant(
         row_maximum_kernel, "row_maximum", "1024 w4", "bf16",
         dict(x_ptr="*bf16", out_ptr="*fp32", V="i32", stride="i64", BLOCK_V="constexpr"),
-        dict(BLOCK_V=1024), 4, 1, False,
+        dict(BLOCK_V=1024), 4, 1, False, ("x_ptr", "stride"),
     )  # fmt: skip
     yield product("product", 128, 128, 64, 8, 3)
     yield product("spilling_product", 256, 256, 32, 4, 2)

@@ -10,8 +10,7 @@ and reads the machine code:
 - matrix instructions: how many stand in the code (HMMA, HGMMA, UTCHMMA, v_mfma …).
 - occupancy: the share of a multiprocessor's warps that this leaves room for (`_occupancy`).
 
-Pointers, and integers that Triton specialises, are taken to be multiples of 16, as they are for
-tensors that torch allocated in the shapes of real models.
+Which arguments are multiples of 16 is for the variants to say (`Variant.divisible`).
 
 `--check` fails on a spill, on more shared memory than the target has, on a matrix product without
 matrix instructions (on sm_90: without wgmma), and on one in tiles below 128 × 128 on sm_80 to
@@ -81,9 +80,9 @@ class Compiled(NamedTuple):
 
 
 def sources() -> list[str]:
-    """The package's kernel modules."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("_triton_*.py"))
-    return [f"{__package__}.{name}" for name in names]
+    """The package's kernel modules; others named like them hold what kernels share."""
+    paths = sorted(Path(__file__).parent.glob("_triton_*.py"))
+    return [f"{__package__}.{x.stem}" for x in paths if "\ndef variants(" in x.read_text()]
 
 
 @cache
@@ -114,15 +113,9 @@ def built(variant: "Variant", target: str) -> Any:
         machine = GPUTarget("hip", target, 64)
     else:
         machine = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    aligned = {
-        (argument,): [["tt.divisibility", 16]]
-        for argument, param in enumerate(variant.kernel.params)
-        if variant.signature.get(param.name, "constexpr")[0] in "*iu"
-        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
-    }
     source = ASTSource(
         fn=variant.kernel, signature=dict(variant.signature),
-        constexprs=dict(variant.constexprs), attrs=aligned,
+        constexprs=dict(variant.constexprs), attrs=variant.attrs,
     )  # fmt: skip
     options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages)
     return triton.compile(source, target=machine, options=options)
