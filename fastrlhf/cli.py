@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
     add_bench(verbs)
+    verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.verb == "xray":
+        return show_kernels(rest)
     warnings.showwarning = show_warning
     # What follows is for the authors of the packages that we build on, not for who trains.
     for category in (FutureWarning, DeprecationWarning):
@@ -134,6 +137,12 @@ def run_bench(checkout: str | None, options: Sequence[str]) -> int:
         return 130
     bad_option = 4  # pytest's ExitCode.USAGE_ERROR
     return 2 if status == bad_option else status
+
+
+def show_kernels(words: Sequence[str]) -> int:
+    from fastrlhf_kernels import xray
+
+    return xray.main(words)
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:

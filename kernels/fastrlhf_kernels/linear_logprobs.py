@@ -145,6 +145,8 @@ def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(*output[1:])
+    # The others would arrive as zeros of their own size.
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, gradient, *_):

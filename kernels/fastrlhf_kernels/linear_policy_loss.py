@@ -208,6 +208,8 @@ def _setup_context(ctx, inputs, output):
     ctx.count = len(inputs)
     ctx.gradients = output[1:]
     ctx.mark_non_differentiable(*output[1:])
+    # The others would arrive as zeros of their own size.
+    ctx.set_materialize_grads(False)
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
