@@ -6,7 +6,7 @@ Blocks of 16 columns; 40 end in a ragged one, 48 are aligned.
 import pytest
 import torch
 
-from fastrlhf_kernels import reference
+from fastrlhf_kernels import reference, sample
 
 pytest.importorskip("triton")
 
@@ -32,13 +32,15 @@ def rows(device, b=6, v=40, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_reference_s_tokens(device, dtype):
-    logits, temperature, uniform = rows(device, b=12, dtype=dtype)
+    logits, temperature, uniform = rows(device, b=8, dtype=dtype)
     tokens, logprobs = _triton_sampling.sample(logits, temperature, uniform, 0, 1.0)
     expected, expected_logprobs = reference.sample(logits, temperature, uniform, 0, 1.0)
     assert tokens.dtype == torch.int64 and torch.equal(tokens, expected)
     # The reference is float64 inside.
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=2e-6)
     assert (logprobs <= 0).all()
+    if dtype != torch.float32:
+        return
     # The bound can fail: a temperature off by 1 %, another uniform number.
     _, wrong = _triton_sampling.sample(logits, 1.01 * temperature, uniform, 0, 1.0)
     assert (wrong - expected_logprobs).abs().max() > 1e-3
@@ -50,17 +52,18 @@ NARROWED = [(1, 1.0), (7, 1.0), (1000, 1.0), (0, 0.6), (9, 0.8)]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), NARROWED)
-def test_top_k_and_top_p_without_a_sort(device, top_k, top_p):
-    logits, temperature, uniform = rows(device, b=3, v=48 if top_k == 7 else 40)
+def test_top_k_and_top_p_without_a_sort(device, monkeypatch, top_k, top_p):
+    monkeypatch.setattr(_triton_sampling, "BLOCK", 32)
+    logits, temperature, _ = rows(device, b=3, v=48 if top_k == 7 else 40)
     logits[1, 5:30] = -torch.inf
-    tokens, logprobs = _triton_sampling.sample(logits, temperature, uniform, top_k, top_p)
-    expected, expected_logprobs = reference.sample(logits, temperature, uniform, top_k, top_p)
-    assert torch.equal(tokens, expected)
-    torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=2e-6)
     # Not one token more or less: the ends of the distribution are those of the reference.
     ends = torch.tensor([0.0, 0.5, 1 - 2**-24], device=device)
-    tokens, _ = _triton_sampling.sample(logits, temperature, ends, top_k, top_p)
-    assert torch.equal(tokens, reference.sample(logits, temperature, ends, top_k, top_p)[0])
+    tokens, logprobs = _triton_sampling.sample(logits, temperature, ends, top_k, top_p)
+    expected, expected_logprobs = reference.sample(logits, temperature, ends, top_k, top_p)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=2e-6)
+    whole, _ = reference.sample(logits, temperature, ends, 0, 1.0)
+    assert (top_k == 1000) == torch.equal(tokens, whole)
 
 
 def test_ties_stay_together(device):
@@ -78,7 +81,7 @@ def test_ties_stay_together(device):
 def test_frequencies(device, monkeypatch):
     monkeypatch.setattr(_triton_sampling, "BLOCK", 8)
     logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0], device=device)
-    n = 80
+    n = 48
     comb = (torch.arange(n, device=device) + 0.5) / n
     tokens, logprobs = _triton_sampling.sample(
         logits.expand(n, 5), torch.full((n,), 0.7, device=device), comb, 0, 1.0
@@ -102,6 +105,23 @@ def test_rows_without_a_distribution(device):
     assert torch.equal(tokens[3:], expected)
     nothing = _triton_sampling.sample(logits[:0], temperature[:0], uniform[:0], 0, 1.0)
     assert [x.shape for x in nothing] == [(0,), (0,)]
+
+
+def test_the_op(device):
+    logits, temperature, _ = rows(device, b=2, dtype=torch.bfloat16)
+
+    def draw(backend, x=logits):
+        generator = torch.Generator(device).manual_seed(3)
+        return sample(x, temperature=temperature, generator=generator, backend=backend)
+
+    (tokens, logprobs), (expected, expected_logprobs) = draw("triton"), draw("reference")
+    assert torch.equal(tokens, expected) and logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=2e-6)
+    if device.type == "cpu":  # elsewhere it would wait for the device
+        with pytest.raises(ValueError, match=r"no finite entry.*\[2, 40\]"):
+            draw("triton", logits * torch.nan)
+    with pytest.raises(ValueError, match="float64"):
+        draw("triton", logits.double())
 
 
 def test_strides_extremes_and_the_same_bits(device):

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, reference, token_losses
+import fastrlhf_kernels as ops
+from fastrlhf_kernels import PolicyLossSpec, policy_loss, reference, token_losses, value_loss
 
 pytest.importorskip("triton")
 
@@ -208,6 +209,89 @@ def test_value_rows(device, cliprange):
         assert (plain[:, 0].sum() / loss - 1).abs() > 1e-3
 
 
+def outcome(op, inputs, **options):
+    """Loss, statistics, and the gradients of the inputs that have one."""
+    leaves = [x.detach().clone().requires_grad_(x.dtype.is_floating_point) for x in inputs]
+    out = op(*leaves, **options)
+    assert not any(x.requires_grad for x in out.stats)
+    gradients = torch.autograd.grad(3 * out.loss, leaves[:1], allow_unused=True)
+    return [out.loss.detach(), *out.stats], gradients
+
+
+AGGREGATIONS = {
+    "token_mean": {},
+    "sequence_mean": {},
+    "constant": {"num_items": 40},
+    "ids": {},
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("loss", ["ppo_clip", "gspo"])
+def test_policy_loss_is_the_reference_s(device, loss, aggregation):
+    p, options = Tokens(device, 30), dict(AGGREGATIONS[aggregation])
+    mask = torch.arange(30, device=device).reshape(5, 6) % 4 != 1
+    mask[2] = False
+    if aggregation == "ids":
+        options["sequence_ids"] = torch.arange(30, device=device).reshape(5, 6) // 9
+        options["num_items"] = torch.tensor(3, device=device)
+        aggregation = "sequence_mean"
+    spec = replace(
+        LOSSES[loss], aggregation=aggregation, kl_coef=0.2, kl_estimator="k2", entropy_coef=0.1
+    )
+    inputs = [x.reshape(5, 6) for x in (p.logprobs, p.old_logprobs, p.advantages)]
+    for x in inputs:
+        x[~mask] = torch.nan
+
+    def run(backend):
+        def op(*given):
+            return policy_loss(
+                *given, mask, spec, ref_logprobs=p.ref_logprobs.reshape(5, 6),
+                entropy=p.entropy.reshape(5, 6).bfloat16(), backend=backend, **options,
+            )  # fmt: skip
+
+        return outcome(op, inputs)
+
+    for got, expected in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+def test_losses_are_differentiable_where_they_are_asked_to_be(device):
+    p = Tokens(device, 8)
+    mask = torch.ones(8, dtype=torch.bool, device=device)
+    spec = PolicyLossSpec(kl_coef=0.3, entropy_coef=0.1)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [getattr(p, name).bfloat16().requires_grad_() for name in ("entropy", "kl")]
+        out = policy_loss(
+            p.logprobs, p.old_logprobs, p.advantages, mask, spec, entropy=leaves[0], kl=leaves[1],
+            backend=backend,
+        )  # fmt: skip
+        results.append(torch.autograd.grad(out.loss, leaves))
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, expected)
+    empty = policy_loss(
+        p.logprobs, p.old_logprobs, p.advantages, ~mask, PolicyLossSpec(), backend="triton"
+    )
+    assert empty.loss == 0 and empty.stats.entropy == 0
+
+
+@pytest.mark.parametrize("num_items", [None, 50])
+def test_value_loss_is_the_reference_s(device, num_items):
+    values, old_values, returns = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(30, device=device).reshape(5, 6) % 4 != 1
+    inputs = [x.to(device) for x in (values, values + 0.2 * old_values, returns)]
+    results = [
+        outcome(
+            value_loss, [*inputs, mask], cliprange_value=0.1, num_items=num_items, backend=backend
+        )
+        for backend in ("triton", "reference")
+    ]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7)
+
+
 @pytest.fixture
 def rollout(device, monkeypatch):
     monkeypatch.setattr(_triton_advantages, "BLOCK_SEQUENCES", 4)
@@ -234,6 +318,20 @@ def test_gae_is_the_reference_s(rollout):
     assert torch.equal(gae(*turned, 0.9, 0.8)[0], got[0])
     alone = gae(*[x[3:4] for x in rollout], 0.9, 0.8)
     assert torch.equal(alone[0], got[0][3:4])
+
+
+def test_the_ops_take_the_backend(rollout):
+    rewards, values, mask = rollout
+    for op, given, options in (
+        (ops.gae, (rewards.bfloat16(), values, mask), {"gamma": 0.9, "lam": 0.8}),
+        (ops.whiten, (values, mask), {"center": False}),
+    ):
+        got, expected = (op(*given, backend=x, **options) for x in ("triton", "reference"))
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    leaf = torch.where(mask, values, 0).requires_grad_()
+    assert ops.whiten(leaf, mask).requires_grad  # by the reference, which autograd sees
+    with pytest.raises(RuntimeError, match="whiten has no 'triton' backend"):
+        ops.whiten(leaf, mask, backend="triton")
 
 
 def test_gae_identities(rollout):

@@ -139,10 +139,11 @@ def both_biases(
     bias: Tensor | None, ref_bias: Tensor | None, has_reference: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Either none, or one for each of the policy and its reference."""
-    if not has_reference or (bias is None and ref_bias is None):
-        return bias, ref_bias
-    zeros = torch.zeros_like(ref_bias if bias is None else bias)
-    return zeros if bias is None else bias, zeros if ref_bias is None else ref_bias
+    if has_reference and bias is None and ref_bias is not None:
+        return torch.zeros_like(ref_bias), ref_bias
+    if has_reference and bias is not None and ref_bias is None:
+        return bias, torch.zeros_like(bias)
+    return bias, ref_bias
 
 
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}

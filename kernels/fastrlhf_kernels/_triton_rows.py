@@ -62,7 +62,7 @@ def _statistics_kernel(
     """Moments of one part of one row: `blocks` blocks of columns."""
     pid = tl.program_id(0).to(tl.int64)
     row, part = pid // parts, (pid % parts).to(tl.int32)
-    if not HEAD:  # noqa: SIM102 - known when compiled, unlike what it holds
+    if not HEAD:
         if not tl.load(used_ptr + row):
             return
     if ALIGNED:

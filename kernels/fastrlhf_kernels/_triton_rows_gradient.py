@@ -93,7 +93,7 @@ def _gradient_kernel(
             ref_logprob = (ref_z - ref_m) * rate - ref_log_sum
             ref_part = tl.where(forward != 0.0, -forward * ref_logprob, 0.0)
         gradient = own_gradient(logprob, 0.0, log_sum, constant, on_logprob, ref_part)
-        if HAS_REF:  # noqa: SIM102 - known when compiled, unlike what it holds
+        if HAS_REF:
             if (reverse != 0) & (c != 0.0):
                 pull = c * (tl.exp(logprob - log_sum) - tl.exp(ref_logprob))
                 # A column that does not exist has no gradient, whatever the reference says of it.

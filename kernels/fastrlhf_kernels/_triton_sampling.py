@@ -19,7 +19,7 @@ from ._triton import Variant
 from ._triton_logits import TYPES, is_aligned, variant
 
 BLOCK = 2048
-NUM_WARPS = 8
+NUM_WARPS = 16
 MINUS_INFINITY = tl.constexpr(-2_139_095_041)
 """the place of −inf among the ordered integers"""
 

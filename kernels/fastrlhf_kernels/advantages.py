@@ -1,7 +1,7 @@
 """Generalised advantage estimation and masked whitening.
 
-One sweep over the tokens on CPUs; plain torch elsewhere (T steps on [B] vectors) and under
-torch.compile. Formulas: docs/math.md, sections 4 and 5.2.
+One sweep over the tokens with `cpu`, one launch with `triton`; elsewhere plain torch, T steps on [B]
+vectors, as under torch.compile. Formulas: docs/math.md, sections 4 and 5.2.
 Deviation from Schulman et al. 2016: tokens masked out inside a sequence are skipped, so that the
 token before them bootstraps from the token after them.
 """
@@ -43,12 +43,16 @@ def gae(
             raise ValueError(f"{op}: {name}={number!r} must lie in [0, 1]")
     dtype = compute_dtype(rewards, values)
     backend = resolve(
-        backend, rewards.device, dtype, op=op, available=("reference", "cpu"),
+        backend, rewards.device, dtype, op=op,
         unsupported="torch.compile" if torch.compiler.is_compiling() else None,
     )  # fmt: skip
     if backend == "cpu":
         return _cpu_tokens.gae(rewards, values, mask, gamma, lam)
     with torch.no_grad():
+        if backend == "triton":
+            from . import _triton_advantages
+
+            return _triton_advantages.gae(rewards, values, mask, gamma, lam)
         return reference.gae(rewards.to(dtype), values.to(dtype), mask, gamma, lam)
 
 
@@ -57,7 +61,8 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
 
     x, mask: any one shape, mask bool. `center=False` adds the mean back, which is what rewards
     want: unit deviation, their own mean. Unbiased variance (of a single entry: 0). float32, or
-    float64 for float64 inputs. Masked entries are never read.
+    float64 for float64 inputs. Masked entries are never read. Differentiable in x on the
+    `reference` backend, which `auto` takes where x requires a gradient.
 
     Raises ValueError for shapes that differ. Source: docs/math.md, section 5, point 2.
     """
@@ -68,9 +73,13 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
     differentiated = x.requires_grad and torch.is_grad_enabled()
     compiled = torch.compiler.is_compiling()
     backend = resolve(
-        backend, x.device, dtype, op=op, available=("reference", "cpu"),
+        backend, x.device, dtype, op=op,
         unsupported="torch.compile" if compiled else "a gradient" if differentiated else None,
     )  # fmt: skip
     if backend == "cpu":
         return _cpu_tokens.whiten(x, mask, center)
+    if backend == "triton":
+        from . import _triton_advantages
+
+        return _triton_advantages.whiten(x, mask, center)
     return reference.whiten(x.to(dtype), mask, center)

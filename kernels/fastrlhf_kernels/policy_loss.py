@@ -1,8 +1,9 @@
 """Policy and value losses of [N] vectors: what remains once the vocabulary is reduced.
 
-One sweep for loss, statistics and derivatives on CPUs; plain torch elsewhere, and under
-torch.compile, which fuses it. Deviation from PPO's paper: the clip range may be asymmetric, and an
-upper bound for negative advantages ("dual clip") is on offer. Formulas: docs/math.md, section 3.
+One sweep for loss, statistics and derivatives with `cpu`, one launch with `triton`; elsewhere plain
+torch, as under torch.compile, which fuses it. Deviation from PPO's paper: the clip range may be
+asymmetric, and an upper bound for negative advantages ("dual clip") is on offer. Formulas:
+docs/math.md, section 3.
 """
 
 import math
@@ -107,9 +108,16 @@ def policy_loss(
     check_same_shape(op, logprobs=logprobs, entropy=entropy, kl=kl)
     dtype = compute_dtype(logprobs, old_logprobs, advantages, ref_logprobs, entropy, kl)
     backend = resolve(
-        backend, logprobs.device, dtype, op=op, available=("reference", "cpu"),
+        backend, logprobs.device, dtype, op=op,
         unsupported="torch.compile" if torch.compiler.is_compiling() else None,
     )  # fmt: skip
+    if backend == "triton":
+        from . import _triton_losses
+
+        return _triton_losses.policy_loss(
+            logprobs, old_logprobs, advantages, mask, spec, ref_logprobs=ref_logprobs,
+            entropy=entropy, kl=kl, sequence_ids=sequence_ids, num_items=num_items,
+        )  # fmt: skip
     if backend == "cpu":
         return _cpu_tokens.policy_loss(
             spec, logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs,
@@ -165,11 +173,17 @@ def value_loss(
         )
     dtype = compute_dtype(values, old_values, returns)
     backend = resolve(
-        backend, values.device, dtype, op=op, available=("reference", "cpu"),
+        backend, values.device, dtype, op=op,
         unsupported="torch.compile" if torch.compiler.is_compiling() else None,
     )  # fmt: skip
     if backend == "cpu":
         return _cpu_tokens.value_loss(values, old_values, returns, mask, cliprange_value, num_items)
+    if backend == "triton":
+        from . import _triton_losses
+
+        return _triton_losses.value_loss(
+            values, old_values, returns, mask, cliprange_value=cliprange_value, num_items=num_items
+        )
     rows = mask.reshape(-1).nonzero().squeeze(-1)
     new, old, target = (
         x.reshape(-1)[rows].to(dtype) for x in (values, old_values.detach(), returns.detach())

@@ -60,6 +60,12 @@ def sample(
         if backend == "cpu":
             readable = logits if logits.stride(-1) == 1 else logits.contiguous()
             tokens, logprobs = _cpu.sample_rows(readable, row_temperatures, uniform, top_k, top_p)
+        elif backend == "triton":
+            from . import _triton_sampling
+
+            tokens, logprobs = _triton_sampling.sample(
+                logits, row_temperatures, uniform, top_k, top_p
+            )
         else:
             tokens, logprobs = reference.sample(logits, row_temperatures, uniform, top_k, top_p)
     if logits.device.type == "cpu" and bool((tokens.lt(0) | logprobs.isnan()).any()):
