@@ -1,13 +1,18 @@
 """Results as data: where rows are kept, what each says of its machine, and the README's tables.
 
-python bench/results.py            rewrites the tables in README.md from bench/results/
+python bench/results.py   rewrites README.md's and docs/kernels.md's tables from bench/results/
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +31,33 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def stamp() -> dict[str, Any]:
+PEERS = ("triton", "trl", "liger-kernel", "bitsandbytes")
+
+
+def stamp(device: str = "cpu") -> dict[str, Any]:
     """What a row was measured on and with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = None
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    versions = {}
+    for package in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    on_cpu = f"{cpu_name()}, {os.cpu_count()} cores"
     return {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "device": on_cpu if device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": commit,
+        **versions,
+        "threads": torch.get_num_threads(),
+        "commit": commit or "unknown",
     }
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's name."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:
@@ -48,8 +70,47 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
 
 def read(name: str) -> list[dict[str, Any]]:
     """The rows of a benchmark; empty if it was never run."""
-    path = RESULTS / f"{name}.jsonl"
+    return read_path(RESULTS / f"{name}.jsonl")
+
+
+def read_path(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+GROUP = ("op", "mode", "variant", "shape", "dtype", "N")
+"""the fields that rows measured in turns with each other share"""
+
+
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add a group's rows to a file in place of those it had; no interruption leaves half a file."""
+    group = {tuple(row[field] for field in GROUP) for row in rows}
+    kept = read_path(path)
+    kept = [row for row in kept if tuple(row[field] for field in GROUP) not in group]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
+    partial.replace(path)
+
+
+def report(rows: list[dict[str, Any]], skipped: dict[str, str]) -> list[str]:
+    """A group's rows as lines to read while the next group runs."""
+    first = rows[0]
+    sizes = " ".join(f"{x} {first[x]}" for x in ("N", "D", "V") if first[x] is not None)
+    words = [first["op"], first["mode"], first["variant"], first["shape"], sizes, first["dtype"]]
+    lines = [
+        "",
+        f"{' · '.join(x for x in words if x)} · floor {1e3 * first['floor']:.3g} ms "
+        f"({first['floor_is']})",
+        f"{'':15}{'ms':>10}{'p20':>10}{'p80':>10}{'× floor':>10}{'× eager':>10}{'extra MB':>10}",
+    ]
+    for row in rows:
+        times = "".join(f"{1e3 * row[x]:10.4g}" for x in ("median", "p20", "p80"))
+        ratio, peak = row["ratio_to_eager"], row["peak_extra_mb"]
+        to_eager = f"{'':10}" if ratio is None else f"{ratio:10.3g}"
+        extra = f"{'':10}" if peak is None else f"{peak:10.1f}"
+        lines.append(f"{row['provider']:15}{times}{row['ratio_to_floor']:10.3g}{to_eager}{extra}")
+    lines += [f"{name:15}skipped: {why}" for name, why in skipped.items()]
+    return lines
 
 
 NOT_MEASURED = "Not measured yet."
@@ -98,15 +159,23 @@ def memory_table() -> str:
 TABLES = {"demo": demo_table, "update_memory": memory_table}
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """``text`` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         before, rest = text.split(f"<!-- {name} -->", 1)
         after = rest.split(f"<!-- /{name} -->", 1)[1]
         text = f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{after}"
     return text
 
 
+def main() -> None:
+    import tables  # which imports this module
+
+    tables.draw()
+    for page, made in (("README.md", TABLES), ("docs/kernels.md", tables.TABLES)):
+        path = ROOT / page
+        path.write_text(with_tables(path.read_text(), made))
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    main()

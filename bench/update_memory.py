@@ -8,17 +8,16 @@ resident. Weights are random: memory does not depend on their values. Linux only
     python bench/update_memory.py --print    only prints the row
 """
 
-import ctypes
 import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+from peak import extra_mb
 from results import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,23 +33,6 @@ SMOLLM2_135M = dict(
     tie_word_embeddings=True,
 )  # fmt: skip
 SEQUENCES, PROMPT, RESPONSE = 64, 8, 24
-
-
-def status_mb(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
-
-
-def extra_mb(call) -> float:
-    """The most memory that ``call`` had resident beyond what was there before it, in MiB."""
-    # Memory that malloc keeps for itself would hide what the call takes.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_mb("VmRSS")
-    call()
-    return status_mb("VmHWM") - before
 
 
 def make_rollout(vocab: int) -> Rollout:

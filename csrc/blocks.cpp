@@ -3,16 +3,14 @@
 #include <cstring>
 #include <limits>
 
+#include "clones.h"
 #include "vector_math.h"
 
-#if defined(FASTRLHF_TARGET_CLONES)
-#define FASTRLHF_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTRLHF_CLONES
-#endif
-
 namespace fastrlhf {
+
+namespace {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+}
 
 FASTRLHF_CLONES
 void block_read(const void* row, Type type, std::int64_t start, std::int64_t n, float* z) {
@@ -67,38 +65,55 @@ void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transf
 }
 
 FASTRLHF_CLONES
-float block_max(const float* z, std::int64_t n) {
-  float largest = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : largest)
-  for (std::int64_t j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
-  return largest;
-}
-
-FASTRLHF_CLONES
-void block_sums(const float* z, std::int64_t n, float base, float* e, float* sum, float* moment) {
-  float s = 0.0f, u = 0.0f;
-#pragma omp simd reduction(+ : s, u)
+BlockSums block_sums(const float* z, std::int64_t n, float base, float lowest) {
+  float largest = -kInfinity, s = 0.0f, u = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : s, u)
   for (std::int64_t j = 0; j < n; ++j) {
-    // Where exp is 0 any finite number will do: it keeps 0 * inf out of the moment.
+    largest = z[j] > largest ? z[j] : largest;
     const float d = z[j] - base;
-    const float bounded = d < -100.0f ? -100.0f : d;
-    const float x = exp_small(bounded);
-    e[j] = x;
-    s += x;
-    u += x * bounded;
+    const float bounded = lowest > d ? lowest : d;
+    const float e = exp_term(bounded);
+    s += e;
+    u += e * bounded;
   }
-  *sum = s;
-  *moment = u;
+  return {largest, s, u};
 }
 
 FASTRLHF_CLONES
-float block_cross(const float* e, const float* x, float x_base, const float* y, float y_base,
-                  std::int64_t n) {
+void block_extras(const float* z, std::int64_t n, float base, float* total, float* squares) {
+  float t = 0.0f, q = 0.0f;
+#pragma omp simd reduction(+ : t, q)
+  for (std::int64_t j = 0; j < n; ++j) {
+    const float e = exp_small(z[j] - base);
+    t += z[j];
+    q += e * e;
+  }
+  *total = t;
+  *squares = q;
+}
+
+FASTRLHF_CLONES
+void block_exp(const float* z, std::int64_t n, float base, float* e) {
+#pragma omp simd
+  for (std::int64_t j = 0; j < n; ++j) e[j] = exp_small(z[j] - base);
+}
+
+FASTRLHF_CLONES
+double block_total(const float* e, std::int64_t n) {
+  double total = 0.0;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t j = 0; j < n; ++j) total += e[j];
+  return total;
+}
+
+FASTRLHF_CLONES
+float block_cross(const float* x, float x_base, const float* y, float y_base, std::int64_t n) {
   float g = 0.0f;
 #pragma omp simd reduction(+ : g)
   for (std::int64_t j = 0; j < n; ++j) {
-    const float term = e[j] * ((x[j] - x_base) - (y[j] - y_base));
-    g += e[j] == 0.0f ? 0.0f : term;
+    const float e = exp_small(x[j] - x_base);
+    const float term = e * ((x[j] - x_base) - (y[j] - y_base));
+    g += e == 0.0f ? 0.0f : term;
   }
   return g;
 }

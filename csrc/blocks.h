@@ -39,14 +39,28 @@ void block_write(const float* z, std::int64_t n, void* row, Type type, std::int6
 // z <- softcap * tanh(logit_scale * (z + bias) / softcap) / temperature
 void block_transform(float* z, std::int64_t n, std::int64_t offset, const Transform& transform);
 
-float block_max(const float* z, std::int64_t n);
+struct BlockSums {
+  float max;          // of z; -inf where there is nothing above it
+  float sum, moment;  // of e = exp(z - base), and of e * (z - base): right if max <= base + 88
+};
 
-// e <- exp(z - base), sum of e, sum of e * (z - base)
-void block_sums(const float* z, std::int64_t n, float base, float* e, float* sum, float* moment);
+// What exp_term still holds. A parameter, because compilers split the loop where they know it.
+constexpr float kLowest = -87.3f;
+
+// Below `lowest` exp counts as that of it, which is next to nothing: finite numbers keep 0 * inf out
+// of the moment.
+BlockSums block_sums(const float* z, std::int64_t n, float base, float lowest = kLowest);
+
+// sum of z, and of exp(z - base)^2
+void block_extras(const float* z, std::int64_t n, float base, float* total, float* squares);
+
+// e <- exp(z - base), exactly 0 where it is below e^-87.3
+void block_exp(const float* z, std::int64_t n, float base, float* e);
+
+double block_total(const float* e, std::int64_t n);
 
 // sum of e * ((x - x_base) - (y - y_base)), with e = exp(x - x_base)
-float block_cross(const float* e, const float* x, float x_base, const float* y, float y_base,
-                  std::int64_t n);
+float block_cross(const float* x, float x_base, const float* y, float y_base, std::int64_t n);
 
 // z <- P * (A + B * l + C * l_ref) + reverse * (P - P_ref), times scale and the slope of the cap
 void block_gradient(float* z, const float* ref, std::int64_t n, const GradientRow& row);

@@ -24,15 +24,17 @@ GradientRow gradient_row(const TableRow& t, const float* coefficients, bool is_r
           scale, cap_slope};
 }
 
+// target: the target's column in the tile, if it lies there.
 void one_row(float* z, const float* ref, std::int64_t columns, std::int64_t target,
              float on_target, const GradientRow& row) {
-  const float slope = z[target] * row.cap_slope;
-  const float target_gradient = on_target * row.scale * (1.0f - slope * slope);
+  const bool has_target = 0 <= target && target < columns;
+  // Without a cap its slope is 1, also where the target's logit is -inf.
+  const float slope = has_target && row.cap_slope != 0.0f ? z[target] * row.cap_slope : 0.0f;
   for (std::int64_t start = 0; start < columns; start += kBlock) {
     const std::int64_t n = std::min(kBlock, columns - start);
     block_gradient(z + start, ref ? ref + start : nullptr, n, row);
   }
-  z[target] += target_gradient;
+  if (has_target) z[target] += on_target * row.scale * (1.0f - slope * slope);
 }
 
 }  // namespace
@@ -49,7 +51,7 @@ void row_gradient(const Rows& rows, const TableRow* table, const float* coeffici
     // Without a KL coefficient the reference need not be read.
     const bool uses_reference = rows.ref_logits && row_coefficients[2] != 0.0f;
     const float* ref = uses_reference ? rows.ref_logits + i * rows.stride : nullptr;
-    one_row(rows.logits + i * rows.stride, ref, rows.columns, rows.targets[i],
+    one_row(rows.logits + i * rows.stride, ref, rows.columns, rows.targets[i] - rows.first,
             row_coefficients[0], row);
   }
 }
@@ -57,7 +59,7 @@ void row_gradient(const Rows& rows, const TableRow* table, const float* coeffici
 void logit_gradient(const GivenRows& rows, const TableRow* table, const float* coefficients,
                     const GradientRows& gradient) {
   const std::int64_t size = size_of(gradient.type);
-#pragma omp parallel for num_threads(rows.threads) schedule(static)
+#pragma omp parallel for num_threads(rows.threads) schedule(dynamic)
   for (std::int64_t i = 0; i < rows.rows; ++i) {
     const float* row_coefficients = coefficients + 3 * i;
     char* out = gradient.row(i);

@@ -39,6 +39,27 @@ FASTRLHF_INLINE float exp_small(float x) {
   return x < -87.3f ? 0.0f : value;
 }
 
+// e^x for -87.3 <= x <= 88, within 3 ulp; NaN for NaN. Cheaper, for sums of many such terms: a shorter
+// polynomial, a step of ln 2 that is exact with a fused multiply-add, and n added to the exponent.
+FASTRLHF_INLINE float exp_term(float x) {
+  const float rounder = 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + rounder;
+  const float n = shifted - rounder;
+  const float r = x - n * 0.69314718246f;
+  float p = 8.290297351777554e-3f;
+  p = p * r + 4.189802333712578e-2f;
+  p = p * r + 1.666763722896576e-1f;
+  p = p * r + 4.999914765357971e-1f;
+  p = p * r + 9.999997019767761e-1f;
+  p = p * r + 1.0f;
+  std::uint32_t bits, power;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&power, &shifted, sizeof power);
+  bits += power << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
 // tanh within 3 ulp: a polynomial near 0, where 1 - 2/(e^2x + 1) would cancel.
 FASTRLHF_INLINE float tanh_small(float x) {
   const float size = x < 0.0f ? -x : x;

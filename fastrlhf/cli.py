@@ -1,4 +1,4 @@
-"""The command line: `fastrlhf ppo --config sentiment key=value`.
+"""The command line: `fastrlhf ppo --config sentiment key=value`, `fastrlhf bench --quick`.
 
 Every setting of `PPOConfig` is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
 Results go to standard output, everything else to standard error; a bad input is one sentence there
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -45,13 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+    add_bench(verbs)
+    verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.verb == "xray":
+        return show_kernels(rest)
     warnings.showwarning = show_warning
     # What follows is for the authors of the packages that we build on, not for who trains.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if arguments.verb == "bench":
+            return run_bench(arguments.checkout, rest)
         return train_ppo(arguments.config, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
@@ -93,6 +100,49 @@ def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: floa
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
     return 0
+
+
+def add_bench(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser(
+        "bench",
+        help="measure the ops against their peers",
+        description="Measure every op against its peers and its floor, in turns. Prints the rows "
+        "as they come and keeps them under bench/results/. Needs a checkout of the source.",
+        epilog="Handed on to pytest: --quick (minutes), --must-show (the shapes that the aims "
+        "name), --op NAME, --shape NAME, --tokens N, --without CANDIDATE, --device cpu|cuda, "
+        "--results FILE, and any option of pytest and pytest-benchmark.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--checkout", metavar="PATH", help="default: where this package lies, or .")
+
+
+def run_bench(checkout: str | None, options: Sequence[str]) -> int:
+    """`pytest bench/` of a checkout; the exit status is pytest's, 2 for a bad option."""
+    here = Path(__file__).parent.parent
+    places = [Path(checkout)] if checkout else [here, Path.cwd()]
+    roots = [place for place in places if (place / "bench" / "test_ops.py").exists()]
+    if not roots:
+        raise UserError(
+            f"no benchmarks in {' or '.join(str(place) for place in places)}: they are in the "
+            "source, not in the installed package. Get the source of fastrlhf (its repository, or "
+            "pip download --no-deps --no-binary fastrlhf fastrlhf) and name its folder: "
+            "fastrlhf bench --checkout PATH"
+        )
+    # -P keeps the current folder off Python's path, where kernels/ would pass for a package.
+    command = [sys.executable, "-P", "-m", "pytest", str(roots[0] / "bench"), "--benchmark-quiet"]
+    try:
+        status = subprocess.run([*command, *options]).returncode
+    except KeyboardInterrupt:
+        print("fastrlhf: interrupted; the rows so far are kept", file=sys.stderr)
+        return 130
+    bad_option = 4  # pytest's ExitCode.USAGE_ERROR
+    return 2 if status == bad_option else status
+
+
+def show_kernels(words: Sequence[str]) -> int:
+    from fastrlhf_kernels import xray
+
+    return xray.main(words)
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:

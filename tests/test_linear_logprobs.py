@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrlhf_kernels import _cpu, linear_logprobs, reference
+from fastrlhf_kernels._records import EXTRA_STATS
 
 cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
@@ -281,37 +282,34 @@ def test_bits_repeat_and_a_row_hardly_knows_its_neighbours(head_problem):
         torch.testing.assert_close(getattr(shuffled, name), x[order], rtol=0, atol=2e-6)
 
 
-@cpu_only
-def test_row_kernels_give_the_same_bits_on_one_thread_and_on_two():
-    generator = torch.Generator().manual_seed(0)
-    logits, ref_logits = torch.randn(2, 41, 4099, generator=generator)
-    targets = torch.randint(0, 4099, (41,), generator=generator)
-    temperature, coefficients = torch.linspace(0.5, 2, 41), torch.randn(41, 3, generator=generator)
-    kept = torch.arange(0, 41, 3)
-    threads, results = torch.get_num_threads(), []
-    options = {"logit_scale": 1.0, "softcap": 20.0, "reverse": False}
-    for count in (1, 2):
-        try:
-            torch.set_num_threads(count)
-            z, ref, table = logits.clone(), ref_logits.clone(), torch.full((41, 8), torch.nan)
-            _cpu.row_statistics(z, ref, targets, None, None, temperature, table, **options)
-            _cpu.row_gradient(z, ref, targets, temperature, table, coefficients, **options)
-            whole = z.clone()
-            _cpu.compact_rows(z, kept)
-        finally:
-            torch.set_num_threads(threads)
-        assert torch.equal(z[: kept.numel()], whole[kept])
-        results.append((table, whole))
-    for one, two in zip(*results, strict=True):
-        assert one.isfinite().all() and torch.equal(one, two)
-
-
-def test_extra_statistics(head_problem):
-    p = head_problem()
-    p.mask.fill_(True)
-    out = call(p, backend="auto", stats=reference.EXTRA_STATS)
-    logits = p.hidden @ p.weight.T + p.bias
-    probs = logits.softmax(-1)
-    torch.testing.assert_close(out.extra["mean_logits"], logits.mean(-1))
-    torch.testing.assert_close(out.extra["log_sum_sq_probs"], probs.square().sum(-1).log())
-    assert torch.equal(out.extra["is_top1"], logits.argmax(-1) == p.targets)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_extra_statistics(head_problem, backend, name):
+    p, options = head_problem(), CASES[name]
+    if "valid_vocab" in options:
+        p.targets.clamp_(max=900)
+    given = {k: x for k, x in options.items() if k != "kl_direction"}
+    kept = options.get("valid_vocab", 1003)
+    temperature = torch.as_tensor(given.get("temperature", 1.0)).double().expand(13)
+    logits = reference.head_logits(
+        p.hidden, p.weight, p.bias, temperature, valid_vocab=kept,
+        logit_scale=given.get("logit_scale", 1.0), softcap=given.get("softcap"),
+    )  # fmt: skip
+    p.targets[::3] = logits[::3].argmax(-1)
+    expected = {
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == p.targets,
+        "log_sum_sq_probs": logits.softmax(-1).square().sum(-1).log(),
+    }
+    # Several tiles, with and without a reference, one statistic and all of them.
+    small = p.to(torch.float32)
+    for names in (EXTRA_STATS, ("log_sum_sq_probs",)):
+        for head in (("bias",), ("bias", "ref_hidden", "ref_weight", "ref_bias")):
+            out = call(small, backend=backend, head=head, stats=names, **options)
+            assert tuple(out.extra) == names
+            for x in names:
+                truth = torch.where(p.mask, expected[x], 0).to(expected[x].dtype)
+                got = out.extra[x]
+                assert not got.requires_grad and got.shape == p.targets.shape
+                torch.testing.assert_close(got, truth.to(got.dtype), rtol=2e-6, atol=2e-6)
+    assert out.extra["log_sum_sq_probs"].ne(0).equal(p.mask)

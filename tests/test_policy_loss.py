@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, policy_loss, token_losses
+from fastrlhf_kernels import PolicyLossSpec, _cpu, policy_loss, token_losses
 from fastrlhf_kernels._records import LOSSES
+
+needs_csrc = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 
 
 def test_ppo_is_the_textbook_minimum(head_problem):
@@ -216,3 +218,90 @@ def test_the_derivatives_written_down_are_those_of_autograd(head_problem, loss, 
         )
     torch.testing.assert_close(written, torch.stack(truth, -1), rtol=1e-12, atol=1e-12)
     assert 0 < rows.clipped.sum() < 40
+
+
+def spec_of(loss, kl_term, **options):
+    named = {"loss": "ppo_clip", "dual_clip": 1.1} if loss == "dual" else {"loss": loss}
+    if loss == "ppo_kl":
+        named["old_kl_coef"] = 0.7
+    return PolicyLossSpec(**named, **KL_TERMS[kl_term], **options)
+
+
+def evaluate(spec, backend, dtype, shape=(300, 257)):
+    """Loss, statistics and gradients of one problem whose masked rows hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    old, ref, advantages, new, entropy, kl = torch.randn(6, *shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    mask[1:3] = False
+    old, new, ref = -old.abs(), -(old + 0.3 * new).abs(), -(old + 0.3 * ref).abs()
+    given = [
+        x.masked_fill(~mask, torch.nan)
+        for x in (new, entropy.abs(), kl.abs(), old, advantages, ref)
+    ]
+    leaves = [x.to(dtype).requires_grad_() for x in given[:3]]
+    has_kl = spec.kl_estimator == "exact"
+    out = policy_loss(
+        leaves[0], given[3], given[4], mask, spec, entropy=leaves[1],
+        kl=leaves[2] if has_kl else None, ref_logprobs=None if has_kl else given[5],
+        num_items=torch.tensor(1000) if spec.aggregation == "constant" else None, backend=backend,
+    )  # fmt: skip
+    used = leaves if has_kl else leaves[:2]
+    grads = torch.autograd.grad(3 * out.loss, used, materialize_grads=True)
+    assert all(g.dtype == dtype and g[~mask].eq(0).all() for g in grads)
+    return [out.loss.detach(), *out.stats, *grads]
+
+
+@needs_csrc
+@pytest.mark.parametrize("kl_term", KL_TERMS)
+@pytest.mark.parametrize("loss", [*LOSSES, "dual"])
+def test_both_backends_agree(loss, kl_term, relative_rms):
+    for aggregation in ("sequence_mean",) if loss == "gspo" else ("token_mean", "constant"):
+        spec = spec_of(loss, kl_term, entropy_coef=0.05, aggregation=aggregation)
+        truth = evaluate(spec, "reference", torch.float64)
+        eager = evaluate(spec, "reference", torch.float32)
+        ours = evaluate(spec, "cpu", torch.float32)
+        for got, other, exact in zip(ours, eager, truth, strict=True):
+            assert relative_rms(got, exact) <= relative_rms(other, exact) + 3e-7
+    # A flipped sign of the advantages, for one, is far outside of that.
+    assert relative_rms(-ours[6], truth[6]) > 0.1
+
+
+@needs_csrc
+def test_threads_change_no_bit_and_half_types_come_back_as_they_were():
+    spec = spec_of("ppo_clip", "k3", entropy_coef=0.05)
+    single, half = (evaluate(spec, "cpu", x) for x in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(half[0], single[0], rtol=0.02, atol=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    try:
+        again = evaluate(spec, "cpu", torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(single, again, strict=True))
+
+
+@needs_csrc
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_valid_row_and_a_ratio_that_overflows(backend):
+    x, no_row = torch.tensor([90.0, 800.0, -800.0]), torch.zeros(3, dtype=torch.bool)
+    old, advantages, spec = torch.zeros(3), torch.ones(3), PolicyLossSpec(dual_clip=2.0)
+    leaf = x.clone().requires_grad_()
+    out = policy_loss(leaf, old, advantages, no_row, spec, backend=backend)
+    out.loss.backward()
+    assert out.loss == 0 and leaf.grad.eq(0).all() and out.stats.ratio == 0
+    leaf = x.clone().requires_grad_()
+    out = policy_loss(leaf, old, advantages, ~no_row, spec, backend=backend)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, torch.tensor(-2.4 / 3))
+    assert leaf.grad.eq(0).all() and out.stats.ratio.isinf()
+
+
+@needs_csrc
+def test_under_torch_compile_it_is_plain_torch():
+    def loss(x):
+        y = torch.zeros(40)
+        return policy_loss(x, y, y + 1, y == 0, PolicyLossSpec(), num_items=40).loss
+
+    x = torch.linspace(-1, 1, 40)
+    compiled = torch.compile(loss, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, loss(x))

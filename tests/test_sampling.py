@@ -59,18 +59,61 @@ def test_rows_do_not_see_each_other_and_layout_does_not_matter(backend):
     wide[:, ::2] = logits
     strided = draw(wide[:, ::2], backend)
     assert torch.equal(tokens, strided[0]) and torch.equal(logprobs, strided[1])
+    low = logits.bfloat16()
+    assert torch.equal(draw(low, backend)[1], draw(low.float(), backend)[1])
     assert sample(logits[:0], temperature=1.0, backend=backend)[0].shape == (0,)
 
 
-def test_top_k_and_top_p_narrow_the_choice_and_warn():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_top_k_and_top_p_narrow_the_choice_and_warn(backend):
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(2000, 4)
     with pytest.warns(TruncatedSamplingWarning):
-        tokens, logprobs = draw(logits, top_k=2)
+        tokens, logprobs = draw(logits, backend, top_k=2)
     assert set(tokens.tolist()) == {0, 1}
     torch.testing.assert_close(logprobs, logits[0][tokens])
     for top_p, kept in ((0.4, {0}), (0.7, {0, 1}), (0.8, {0, 1, 2}), (0.95, {0, 1, 2, 3})):
         with pytest.warns(TruncatedSamplingWarning):
-            assert set(draw(logits, top_p=top_p)[0].tolist()) == kept
+            assert set(draw(logits, backend, top_p=top_p)[0].tolist()) == kept
+
+
+@needs_csrc
+@pytest.mark.filterwarnings("ignore::fastrlhf_kernels.TruncatedSamplingWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [7, 1003, 2050])
+def test_both_backends_narrow_alike(vocab, dtype):
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(300, vocab, generator=generator)).to(dtype)
+    logits[::3, ::2] = -torch.inf
+    temperature = torch.linspace(0.5, 2, 300)
+    whole = draw(logits, "cpu", temperature=temperature)[0]
+    # Low precision has many equal logits; beyond the finite entries top_k keeps what there is.
+    for options in (
+        {"top_k": 1}, {"top_k": 5}, {"top_k": vocab - 2}, {"top_k": vocab + 5},
+        {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 6, "top_p": 0.7},
+    ):  # fmt: skip
+        tokens, logprobs = draw(logits, "cpu", temperature=temperature, **options)
+        expected, expected_logprobs = draw(logits, "reference", temperature=temperature, **options)
+        same = tokens == expected
+        assert (~same).sum() <= 2, options
+        torch.testing.assert_close(logprobs[same], expected_logprobs[same], rtol=0, atol=2e-6)
+        if vocab > 7 and (options.get("top_k") == 5 or options.get("top_p") == 0.3):
+            assert (tokens != whole).sum() > 20  # the choice was narrowed
+
+
+@needs_csrc
+@pytest.mark.filterwarnings("ignore::fastrlhf_kernels.TruncatedSamplingWarning")
+def test_what_is_kept_at_the_edge(monkeypatch):
+    # Four equal logits: top_k keeps all of them, top_p the first ones that reach its mass.
+    logits = torch.full((1, 1500), -5.0)
+    equal = [3, 700, 1100, 1400]
+    logits[0, equal] = 4.0
+    for options, kept in (
+        ({"top_k": 2}, equal), ({"top_p": 0.4}, equal[:2]), ({"top_p": 1e-6}, equal[:1]),
+    ):  # fmt: skip
+        for uniform, token in ((0.0, kept[0]), (1 - 2**-24, kept[-1])):
+            monkeypatch.setattr(torch, "rand", lambda n, u=uniform, **_: torch.full((n,), u))
+            assert draw(logits, "cpu", **options)[0].item() == token
+            assert draw(logits, "reference", **options)[0].item() == token
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,6 +5,7 @@ Needs torch only. Each op has a readable twin in `fastrlhf_kernels.reference`.
 
 from ._cpu import MissingKernelsWarning
 from ._records import LossOutput, LossStats, PolicyLossSpec, TokenLogprobs, ValueStats
+from .adamw8bit import AdamW8bit
 from .advantages import gae, whiten
 from .audit import VocabTensorError, forbid_vocab_tensors
 from .linear_logprobs import linear_logprobs
@@ -14,6 +15,7 @@ from .policy_loss import policy_loss, value_loss
 from .sampling import TruncatedSamplingWarning, sample
 
 __all__ = [
+    "AdamW8bit",
     "LossOutput",
     "LossStats",
     "MissingKernelsWarning",

@@ -59,18 +59,20 @@ def resolve(
 ) -> str:
     """The name of the backend to run.
 
-    available: what `op` is written for. unsupported: what this call asks of the op that `cpu` does
-    not have, in words; then `auto` takes the reference and an explicit "cpu" raises with it.
+    available: what `op` is written for. unsupported: what this call asks of the op that only the
+    reference has, in words; then `auto` takes it and "cpu" or "triton" by name raises.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "auto":
         best = "reference"
-        if dtype != torch.float64:
+        if dtype != torch.float64 and unsupported is None:
             best = _device_backend(device.type, device.index)
-        return best if best in available and (best != "cpu" or not unsupported) else "reference"
+        return best if best in available else "reference"
     if backend not in available:
         raise RuntimeError(f"{op} has no {backend!r} backend; it has {', '.join(available)}")
+    if unsupported is not None and backend != "reference":
+        raise ValueError(f"{op}: backend={backend!r} does not support {unsupported}")
     if backend == "triton":
         _require_triton(op, device, dtype)
     if backend == "cpu":
@@ -78,8 +80,6 @@ def resolve(
             raise ValueError(f"{op}: backend='cpu' takes tensors on a CPU, got {device}")
         if dtype == torch.float64:
             raise ValueError(f"{op}: backend='cpu' computes in float32; float64 has 'reference'")
-        if unsupported is not None:
-            raise ValueError(f"{op}: backend='cpu' does not support {unsupported}")
         _cpu.require()
     return backend
 

@@ -7,11 +7,12 @@ number of threads that torch uses.
 
 import warnings
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._records import TABLE_COLUMNS
+from ._records import EXTRA_STATS, TABLE_COLUMNS
 
 
 class MissingKernelsWarning(UserWarning):
@@ -64,40 +65,91 @@ def _threads(elements: int) -> int:
     return min(torch.get_num_threads(), 1 + elements // 65_536)
 
 
-def _logits_pointers(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, int]:
-    shape = (logits.shape[0], logits.shape[1])
-    assert ref_logits is None or ref_logits.stride() == logits.stride()
-    return _pointer(logits, torch.float32, shape), _pointer(ref_logits, torch.float32, shape)
+def multiplies_bfloat16(left: Tensor, right: Tensor) -> bool:
+    """Whether `bfloat16_product` takes these operands on this machine."""
+    low = left.dtype == right.dtype == torch.bfloat16
+    fits = left.shape[1] % 2 == 0 and right.stride() == (right.shape[1], 1)
+    return low and fits and bool(_csrc.has_bfloat16_products())
+
+
+def packed_columns(columns: int, depth: int) -> Tensor:
+    """Memory for `bfloat16_product` with that many columns."""
+    return torch.empty(-(-columns // _csrc.PANEL) * _csrc.PANEL, depth, dtype=torch.bfloat16)
+
+
+def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -> None:
+    """`torch.mm(left.float(), right.float().t(), out=out)`, summed in another order.
+
+    left [n, d] and right [t, d] bfloat16, out [n, t] float32, packed: of `packed_columns`.
+    """
+    (rows, depth), columns = left.shape, right.shape[0]
+    assert packed.shape[0] >= columns and left.is_contiguous() and right.is_contiguous()
+    _csrc.bfloat16_product(
+        _pointer(left, torch.bfloat16, (rows, depth)),
+        _pointer(right, torch.bfloat16, (columns, depth)),
+        _pointer(out, torch.float32, (rows, columns)), rows, columns, depth, out.stride(0),
+        _pointer(packed, torch.bfloat16, (packed.shape[0], depth)), _threads(rows * columns * 8),
+    )  # fmt: skip
+
+
+def row_states(rows: int) -> Tensor:
+    """Memory for what `row_statistics` knows of each row between two tiles."""
+    return torch.empty(rows, _csrc.STATE_BYTES, dtype=torch.uint8)
+
+
+class Tile(NamedTuple):
+    """Columns `first` … of logits [n, vocab] that are worked on a tile at a time."""
+
+    logits: Tensor  # [n, t] float32
+    ref_logits: Tensor | None  # [n, t], strided alike
+    first: int
+    vocab: int
+
+    def arguments(self) -> tuple[int, ...]:
+        shape = rows, columns = self.logits.shape
+        ref = self.ref_logits
+        assert ref is None or ref.stride() == self.logits.stride()
+        return (
+            _pointer(self.logits, torch.float32, shape), _pointer(ref, torch.float32, shape),
+            rows, columns, self.logits.stride(0), self.first, self.vocab,
+        )  # fmt: skip
 
 
 def row_statistics(
-    logits: Tensor,
-    ref_logits: Tensor | None,
+    tile: Tile,
     targets: Tensor,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     temperature: Tensor,
+    states: Tensor,
     table: Tensor,
+    extras: Tensor | None = None,
     *,
     logit_scale: float,
     softcap: float | None,
     reverse: bool,
 ) -> None:
-    """Fill table [n, TABLE_COLUMNS] and leave the tempered logits in `logits` [n, V]."""
-    rows, columns = logits.shape
+    """Take a tile into the rows' states, and leave its tempered logits in it.
+
+    The tile whose `first` is 0 starts the states [n, …] of `row_states`; the one that ends the
+    vocabulary fills table [n, TABLE_COLUMNS], and extras [n, 3] with `EXTRA_STATS`. The biases
+    are [vocab].
+    """
+    rows = tile.logits.shape[0]
     _csrc.row_statistics(
-        *_logits_pointers(logits, ref_logits), rows, columns, logits.stride(0),
-        _pointer(targets, torch.int64, (rows,)),
-        _pointer(bias, torch.float32, (columns,)), _pointer(ref_bias, torch.float32, (columns,)),
+        *tile.arguments(), _pointer(targets, torch.int64, (rows,)),
         _pointer(temperature, torch.float32, (rows,)),
         _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
-        logit_scale, softcap or 0.0, reverse, _threads(logits.numel()),
+        _pointer(bias, torch.float32, (tile.vocab,)),
+        _pointer(ref_bias, torch.float32, (tile.vocab,)),
+        _pointer(states, torch.uint8, (rows, _csrc.STATE_BYTES)),
+        _pointer(extras, torch.float32, (rows, len(EXTRA_STATS))),
+        logit_scale, softcap or 0.0, reverse, _threads(tile.logits.numel()),
     )  # fmt: skip
 
 
 def row_gradient(
-    logits: Tensor,
-    ref_logits: Tensor | None,
+    tile: Tile,
     targets: Tensor,
     temperature: Tensor,
     table: Tensor,
@@ -107,18 +159,17 @@ def row_gradient(
     softcap: float | None,
     reverse: bool,
 ) -> None:
-    """Turn what `row_statistics` left in `logits` into the gradient of the raw logits.
+    """Turn what `row_statistics` left in a tile into the gradient of its raw logits.
 
     coefficients [n, 3]: ∂L/∂logprob, ∂L/∂entropy, ∂L/∂kl. A row whose three are 0 is left as it is.
     """
-    rows, columns = logits.shape
+    rows = tile.logits.shape[0]
     _csrc.row_gradient(
-        *_logits_pointers(logits, ref_logits), rows, columns, logits.stride(0),
-        _pointer(targets, torch.int64, (rows,)),
+        *tile.arguments(), _pointer(targets, torch.int64, (rows,)),
         _pointer(temperature, torch.float32, (rows,)),
         _pointer(table, torch.float32, (rows, TABLE_COLUMNS)),
         _pointer(coefficients, torch.float32, (rows, 3)),
-        logit_scale, softcap or 0.0, reverse, _threads(logits.numel()),
+        logit_scale, softcap or 0.0, reverse, _threads(tile.logits.numel()),
     )  # fmt: skip
 
 
@@ -207,15 +258,20 @@ def compact_rows(logits: Tensor, kept: Tensor) -> None:
     )  # fmt: skip
 
 
-def sample_rows(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] (−1 where a row has no finite sum) and their log-probabilities [B]."""
+def sample_rows(
+    logits: Tensor, temperature: Tensor, uniform: Tensor, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B] (−1 where a row has no finite sum) and their log-probabilities [B].
+
+    logits [B, V] of any of `TYPES` are read where they lie.
+    """
     rows, columns = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64)
     logprobs = torch.empty(rows)
+    offsets = _row_offsets(logits)
     _csrc.sample(
-        _pointer(logits, torch.float32, (rows, columns)), rows, columns, logits.stride(0),
-        _pointer(temperature, torch.float32, (rows,)),
-        _pointer(uniform, torch.float32, (rows,)),
+        *_place(logits, offsets), rows, columns, _pointer(temperature, torch.float32, (rows,)),
+        _pointer(uniform, torch.float32, (rows,)), top_k, top_p,
         tokens.data_ptr(), logprobs.data_ptr(), _threads(logits.numel()),
     )  # fmt: skip
     return tokens, logprobs

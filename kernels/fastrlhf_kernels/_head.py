@@ -1,14 +1,16 @@
 """The head on a CPU, a chunk of rows at a time, in a fixed workspace.
 
-The matrix products are torch's, the row work is csrc's. The number of rows in a chunk depends on
-the workspace and the vocabulary only, never on whether there is a reference or a gradient: the same
-rows then go through the same products in every op, and their log-probabilities agree to the last
-bit. That is what makes PPO's first ratio exactly 1.
+The matrix products are torch's, but for one, and the row work is csrc's. How rows are cut into
+chunks and columns into tiles depends on the workspace and the sizes of the problem only, never on
+whether there is a reference or a gradient: the same rows then go through the same products in every
+op, and their log-probabilities agree to the last bit. That is what makes PPO's first ratio exactly
+1.
 
-A chunk meets the weight tile by tile. Few rows times a whole vocabulary is bound by memory; a tile
-stays in the cache between the packing of the product and its arithmetic (1.4 to 2 times the
-rate), and a tile of a bf16 or fp16 weight is raised to float32 on its way, so that logits are never
-rounded.
+A chunk meets the weight tile by tile: a tile stays in the cache from the packing of its product to
+the row work on its logits. Those are never rounded: a tile of a bf16 or fp16 weight is raised to
+float32 on its way, or, where hidden states and weight are bf16 and the CPU multiplies such pairs,
+goes through csrc's own product with float32 sums. Statistics alone keep the logits of one tile;
+where a gradient follows, the tiles of a whole chunk lie one after another in the workspace.
 """
 
 from collections.abc import Iterator
@@ -20,8 +22,11 @@ from torch import Tensor
 from . import _cpu
 from ._backend import check_head, compute_dtype, row_temperature
 
-WORKSPACE_MB = 48
-TILE_SHARE = 12  # one part in twelve, 4 MB by default, is a tile of the weight in float32
+WORKSPACE_MB = 300  # without a reference half of it is used
+TILE_SHARE = 12  # a tile of the weight in float32 is one part in twelve, and at most
+TILE_MB = 8  # what two cores have of second-level cache, a few times over
+TILE_STEP = 1024  # columns; csrc's blocks then lie alike in a tile and in a whole row
+MAX_CHUNK_ROWS = 512  # more rows do not make the products faster
 
 
 class HeadOptions(NamedTuple):
@@ -33,12 +38,25 @@ class HeadOptions(NamedTuple):
 
     @property
     def tile_bytes(self) -> int:
-        return self.workspace_bytes // TILE_SHARE
+        return min(self.workspace_bytes // TILE_SHARE, TILE_MB * 2**20)
 
     @property
-    def rows_per_chunk(self) -> int:
+    def max_chunk_rows(self) -> int:
         logits_bytes = self.workspace_bytes - self.tile_bytes
-        return max(1, logits_bytes // (2 * self.valid_vocab * 4))
+        return min(MAX_CHUNK_ROWS, max(1, logits_bytes // (2 * self.valid_vocab * 4)))
+
+    def chunk_rows(self, count: int) -> int:
+        """Rows in a chunk of `count` rows: as even as they come, so that none is a small rest."""
+        chunks = -(-count // self.max_chunk_rows)
+        return max(1, -(-count // max(1, chunks)))
+
+    def spans(self, size: int) -> list[slice]:
+        """The tiles' columns, for a weight [V, size]."""
+        columns = max(1, self.tile_bytes // (4 * max(1, size)))
+        if columns > TILE_STEP:
+            columns -= columns % TILE_STEP
+        vocab = self.valid_vocab
+        return [slice(x, min(vocab, x + columns)) for x in range(0, vocab, columns)]
 
 
 def workspace_bytes(op: str, workspace_mb: float | None) -> int:
@@ -102,46 +120,42 @@ def head_inputs(
 
 
 class _Weight:
-    """Products with weight[:vocab], tile by tile."""
+    """Products with weight[:vocab], tile by tile, for hidden states of one dtype."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> None:
-        vocab, size = options.valid_vocab, weight.shape[1]
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, hidden: Tensor, vocab: int, tile_columns: int
+    ) -> None:
         self.weight = weight.detach()[:vocab]
         self.bias = None if bias is None else bias.detach()[:vocab].float().contiguous()
-        self.tile_rows = min(vocab, max(1, options.tile_bytes // (4 * max(1, size))))
-        direct = weight.dtype == torch.float32
-        self.raised = None if direct else torch.empty(self.tile_rows, size)
+        self.tile_columns, depth = tile_columns, weight.shape[1]
+        low = _cpu.multiplies_bfloat16(hidden, self.weight)
+        self.packed = _cpu.packed_columns(tile_columns, depth) if low else None
+        self._raised: Tensor | None = None
 
-    def _spans(self) -> Iterator[slice]:
-        vocab = self.weight.shape[0]
-        for start in range(0, vocab, self.tile_rows):
-            yield slice(start, min(vocab, start + self.tile_rows))
-
-    def _tile(self, span: slice) -> Tensor:
+    def tile(self, span: slice) -> Tensor:
+        """A tile in float32."""
         tile = self.weight[span]
-        return tile if self.raised is None else self.raised[: tile.shape[0]].copy_(tile)
+        if tile.dtype == torch.float32:
+            return tile
+        if self._raised is None:
+            self._raised = torch.empty(self.tile_columns, tile.shape[1])
+        return self._raised[: tile.shape[0]].copy_(tile)
 
-    def logits_into(self, hidden: Tensor, logits: Tensor) -> None:
-        for span in self._spans():
-            torch.mm(hidden, self._tile(span).t(), out=logits[:, span])
+    def operand(self, hidden: Tensor) -> Tensor:
+        """Rows of hidden, in float32, as `logits_into` takes them; no number is changed."""
+        return hidden if self.packed is None else hidden.bfloat16()
 
-    def hidden_gradient(self, gradient: Tensor) -> Tensor:
-        total = torch.zeros(gradient.shape[0], self.weight.shape[1])
-        for span in self._spans():
-            total.addmm_(gradient[:, span], self._tile(span))
-        return total
-
-    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
-        for span in self._spans():
-            total[span].addmm_(gradient[:, span].t(), hidden)
+    def logits_into(self, operand: Tensor, span: slice, logits: Tensor) -> None:
+        if self.packed is None:
+            torch.mm(operand, self.tile(span).t(), out=logits)
+        else:
+            _cpu.bfloat16_product(operand, self.weight[span], logits, self.packed)
 
 
 class Chunk(NamedTuple):
     span: slice  # of the rows that are worked on
     rows: Tensor  # [n] their places among the N rows
     hidden: Tensor  # [n, D] float32
-    logits: Tensor  # [n, V] workspace
-    ref_logits: Tensor | None  # [n, V] workspace
     targets: Tensor  # [n]
     temperature: Tensor  # [n]
 
@@ -175,22 +189,34 @@ class HeadGradients:
 
 
 class ChunkedHead:
-    """Runs `rows` of the inputs through the head, chunk by chunk, forward and backward."""
+    """Runs `rows` of the inputs through the head, chunk by chunk, forward and backward.
 
-    def __init__(self, inputs: HeadInputs, rows: Tensor, options: HeadOptions) -> None:
-        self.inputs, self.rows, self.options = inputs, rows, options
-        self.policy = _Weight(inputs.weight, inputs.bias, options)
+    keep_logits: a chunk's logits stay until its `backward`; without, there is no backward.
+    """
+
+    def __init__(
+        self, inputs: HeadInputs, rows: Tensor, options: HeadOptions, *, keep_logits: bool
+    ) -> None:
+        self.inputs, self.rows, self.options, self.keep_logits = inputs, rows, options, keep_logits
+        vocab = options.valid_vocab
+        self.spans = options.spans(inputs.weight.shape[1])
+        columns = self.spans[0].stop
+        self.policy = _Weight(inputs.weight, inputs.bias, inputs.hidden, vocab, columns)
         self.reference: _Weight | None = None
-        if inputs.ref_weight is not None:
-            self.reference = _Weight(inputs.ref_weight, inputs.ref_bias, options)
-        elif inputs.ref_hidden is not None:
-            self.reference = self.policy
-        shape = (min(options.rows_per_chunk, rows.numel()), options.valid_vocab)
-        self._logits = torch.empty(shape)
-        self._ref_logits = None if self.reference is None else torch.empty(shape)
+        if inputs.ref_hidden is not None:
+            own = (inputs.ref_weight, inputs.ref_bias)
+            shared = (inputs.weight, inputs.bias)
+            weight, bias = shared if inputs.ref_weight is None else own
+            assert weight is not None
+            self.reference = _Weight(weight, bias, inputs.ref_hidden, vocab, columns)
+        self.chunk_rows = count = options.chunk_rows(rows.numel())
+        size = count * (vocab if keep_logits else columns)
+        self._logits = torch.empty(size)
+        self._ref_logits = None if self.reference is None else torch.empty(size)
+        self._states = _cpu.row_states(count)
 
     def chunks(self) -> Iterator[Chunk]:
-        count, step = self.rows.numel(), self.options.rows_per_chunk
+        count, step = self.rows.numel(), self.chunk_rows
         for start in range(0, count, step):
             span = slice(start, min(count, start + step))
             rows = self.rows[span]
@@ -198,26 +224,37 @@ class ChunkedHead:
                 span,
                 rows,
                 self.inputs.hidden.index_select(0, rows).float(),
-                self._logits[: rows.numel()],
-                None if self._ref_logits is None else self._ref_logits[: rows.numel()],
                 self.inputs.targets[rows],
                 self.inputs.temperature[rows],
             )
 
-    def statistics(self, chunk: Chunk, table: Tensor) -> None:
-        """Fill table [n, TABLE_COLUMNS]; the tempered logits stay in the workspace."""
-        self.policy.logits_into(chunk.hidden, chunk.logits)
-        ref_bias = None
+    def _tile(self, count: int, span: slice) -> _cpu.Tile:
+        """The place of a tile's logits: [count, t], contiguous."""
+        start = span.start if self.keep_logits else 0
+        place = slice(count * start, count * (start + span.stop - span.start))
+        logits = self._logits[place].view(count, -1)
+        ref = None if self._ref_logits is None else self._ref_logits[place].view(count, -1)
+        return _cpu.Tile(logits, ref, span.start, self.options.valid_vocab)
+
+    def statistics(self, chunk: Chunk, table: Tensor, extras: Tensor | None = None) -> None:
+        """Fill table [n, TABLE_COLUMNS], and extras [n, 3] where wanted."""
+        count, ref_operand, ref_bias = chunk.rows.numel(), None, None
+        operand = self.policy.operand(chunk.hidden)
         if self.reference is not None:
-            assert self.inputs.ref_hidden is not None and chunk.ref_logits is not None
+            assert self.inputs.ref_hidden is not None
             ref_hidden = self.inputs.ref_hidden.index_select(0, chunk.rows).float()
-            self.reference.logits_into(ref_hidden, chunk.ref_logits)
-            ref_bias = self.reference.bias
-        _cpu.row_statistics(
-            chunk.logits, chunk.ref_logits, chunk.targets, self.policy.bias, ref_bias,
-            chunk.temperature, table, logit_scale=self.options.logit_scale,
-            softcap=self.options.softcap, reverse=self.options.kl_direction == "reverse",
-        )  # fmt: skip
+            ref_operand, ref_bias = self.reference.operand(ref_hidden), self.reference.bias
+        for span in self.spans:
+            tile = self._tile(count, span)
+            self.policy.logits_into(operand, span, tile.logits)
+            if self.reference is not None:
+                assert ref_operand is not None and tile.ref_logits is not None
+                self.reference.logits_into(ref_operand, span, tile.ref_logits)
+            _cpu.row_statistics(
+                tile, chunk.targets, self.policy.bias, ref_bias, chunk.temperature,
+                self._states[:count], table, extras, logit_scale=self.options.logit_scale,
+                softcap=self.options.softcap, reverse=self.options.kl_direction == "reverse",
+            )  # fmt: skip
 
     def backward(
         self, chunk: Chunk, table: Tensor, coefficients: Tensor, gradients: HeadGradients
@@ -230,20 +267,23 @@ class ChunkedHead:
         active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
         if active.numel() == 0:
             return
-        _cpu.row_gradient(
-            chunk.logits, chunk.ref_logits, chunk.targets, chunk.temperature, table, coefficients,
-            logit_scale=self.options.logit_scale, softcap=self.options.softcap,
-            reverse=self.options.kl_direction == "reverse",
-        )  # fmt: skip
-        rows, hidden = chunk.rows, chunk.hidden
-        if active.numel() < rows.numel():
-            _cpu.compact_rows(chunk.logits, active)
-            rows, hidden = rows[active], hidden[active]
-        gradient = chunk.logits[: active.numel()]
-        vocab = self.options.valid_vocab
-        if gradients.hidden is not None:
-            gradients.hidden.index_copy_(0, rows, self.policy.hidden_gradient(gradient))
-        if gradients.weight is not None:
-            self.policy.add_weight_gradient(gradient, hidden, gradients.weight)
-        if gradients.bias is not None:
-            gradients.bias[:vocab].add_(gradient.sum(0))
+        rows, hidden = chunk.rows[active], chunk.hidden[active]
+        hidden_gradient = None if gradients.hidden is None else torch.zeros_like(hidden)
+        for span in self.spans:
+            tile = self._tile(chunk.rows.numel(), span)
+            _cpu.row_gradient(
+                tile, chunk.targets, chunk.temperature, table, coefficients,
+                logit_scale=self.options.logit_scale, softcap=self.options.softcap,
+                reverse=self.options.kl_direction == "reverse",
+            )  # fmt: skip
+            if active.numel() < chunk.rows.numel():
+                _cpu.compact_rows(tile.logits, active)
+            gradient = tile.logits[: active.numel()]
+            if hidden_gradient is not None:
+                hidden_gradient.addmm_(gradient, self.policy.tile(span))
+            if gradients.weight is not None:
+                gradients.weight[span].addmm_(gradient.t(), hidden)
+            if gradients.bias is not None:
+                gradients.bias[span].add_(gradient.sum(0))
+        if gradients.hidden is not None and hidden_gradient is not None:
+            gradients.hidden.index_copy_(0, rows, hidden_gradient)

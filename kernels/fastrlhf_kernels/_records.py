@@ -20,6 +20,8 @@ TABLE_COLUMNS = 8
 """float32 per row: max and log-sum of the logits, the same of the reference, logprob, entropy, kl,
 reference logprob"""
 LOGPROB, ENTROPY, KL, REF_LOGPROB = 4, 5, 6, 7
+EXTRA_STATS = ("mean_logits", "is_top1", "log_sum_sq_probs")
+"""statistics without gradient, given where asked for by name"""
 
 
 class TokenLogprobs(NamedTuple):

@@ -1,7 +1,7 @@
 """Generalised advantage estimation and masked whitening.
 
-T steps on [B] vectors, in plain torch or, with `triton`, in one launch. Formulas: docs/math.md,
-sections 4 and 5.2.
+One sweep over the tokens with `cpu`, one launch with `triton`; elsewhere plain torch, T steps on [B]
+vectors, as under torch.compile. Formulas: docs/math.md, sections 4 and 5.2.
 Deviation from Schulman et al. 2016: tokens masked out inside a sequence are skipped, so that the
 token before them bootstraps from the token after them.
 """
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu_tokens, reference
 from ._backend import check_mask, check_same_shape, compute_dtype, describe, resolve
 
 
@@ -42,7 +42,12 @@ def gae(
         if not (math.isfinite(number) and 0 <= number <= 1):
             raise ValueError(f"{op}: {name}={number!r} must lie in [0, 1]")
     dtype = compute_dtype(rewards, values)
-    backend = resolve(backend, rewards.device, dtype, op=op, available=("reference", "triton"))
+    backend = resolve(
+        backend, rewards.device, dtype, op=op,
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.gae(rewards, values, mask, gamma, lam)
     with torch.no_grad():
         if backend == "triton":
             from . import _triton_advantages
@@ -65,10 +70,15 @@ def whiten(x: Tensor, mask: Tensor, *, center: bool = True, backend: str = "auto
     check_mask(op, mask)
     check_same_shape(op, x=x, mask=mask)
     dtype = compute_dtype(x)
-    # The kernels give no gradient.
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    available = ("reference",) if differentiated else ("reference", "triton")
-    if resolve(backend, x.device, dtype, op=op, available=available) == "triton":
+    compiled = torch.compiler.is_compiling()
+    backend = resolve(
+        backend, x.device, dtype, op=op,
+        unsupported="torch.compile" if compiled else "a gradient" if differentiated else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.whiten(x, mask, center)
+    if backend == "triton":
         from . import _triton_advantages
 
         return _triton_advantages.whiten(x, mask, center)

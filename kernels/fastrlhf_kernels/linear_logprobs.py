@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._backend import check_choice, check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
-from ._records import ENTROPY, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
+from ._records import ENTROPY, EXTRA_STATS, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 from .audit import visible_to_audit
 
 COLUMNS = (LOGPROB, ENTROPY, KL)
@@ -49,7 +49,7 @@ def _forward(
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     found, found_extra = statistics_table(inputs, rows, options, extra, backend)
     table = found.new_zeros(targets.numel(), TABLE_COLUMNS).index_copy_(0, rows, found)
-    statistics = found.new_zeros(len(reference.EXTRA_STATS) if extra else 0, targets.numel())
+    statistics = found.new_zeros(len(EXTRA_STATS) if extra else 0, targets.numel())
     if found_extra is not None:
         statistics.index_copy_(1, rows, found_extra.t())
     return table[:, COLUMNS].t().contiguous(), table, statistics
@@ -63,11 +63,12 @@ def statistics_table(
         from ._triton_head import head_statistics
 
         return head_statistics(inputs, rows, options, extra=extra)
-    head = ChunkedHead(inputs, rows, options)
+    head = ChunkedHead(inputs, rows, options, keep_logits=False)
     table = torch.empty(rows.numel(), TABLE_COLUMNS)
+    extras = torch.empty(rows.numel(), len(EXTRA_STATS)) if extra else None
     for chunk in head.chunks():
-        head.statistics(chunk, table[chunk.span])
-    return table, None
+        head.statistics(chunk, table[chunk.span], None if extras is None else extras[chunk.span])
+    return table, extras
 
 
 @_forward.register_fake
@@ -77,7 +78,7 @@ def _(hidden, weight, bias, targets, *options):
     return (
         hidden.new_empty((3, count), dtype=torch.float32),
         hidden.new_empty((count, TABLE_COLUMNS), dtype=torch.float32),
-        hidden.new_empty((len(reference.EXTRA_STATS) if extra else 0, count), dtype=torch.float32),
+        hidden.new_empty((len(EXTRA_STATS) if extra else 0, count), dtype=torch.float32),
     )
 
 
@@ -120,7 +121,7 @@ def _backward(
         found = head_gradients(inputs, active, options, table[active], coefficients, needs)
     else:
         gradients = HeadGradients(inputs, needs)
-        head = ChunkedHead(inputs, active, options)
+        head = ChunkedHead(inputs, active, options, keep_logits=True)
         again = torch.empty(active.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             head.statistics(chunk, again[chunk.span])
@@ -144,6 +145,8 @@ def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(*output[1:])
+    # The others would arrive as zeros of their own size.
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, gradient, *_):
@@ -183,7 +186,7 @@ def _shaped(out: TokenLogprobs, shape: torch.Size) -> TokenLogprobs:
 
 
 def _extra(statistics: Tensor, stats: Collection[str]) -> dict[str, Tensor]:
-    named = dict(zip(reference.EXTRA_STATS, statistics, strict=True))
+    named = dict(zip(EXTRA_STATS, statistics, strict=True))
     return {name: named[name].bool() if name == "is_top1" else named[name] for name in stats}
 
 
@@ -218,7 +221,7 @@ def linear_logprobs(
     kl_direction="reverse". Its head is ref_weight [V, D'] and ref_bias, or weight and bias where
     ref_weight is None. The reference gets no gradient. Rows whose target is `ignore_index` are
     never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" (of the
-    tempered logits). workspace_mb bounds the logits held at a time.
+    tempered logits, without gradient). workspace_mb bounds the logits held at a time.
 
     The `cpu` backend gives the same bits as linear_policy_loss for the same valid rows, in the same
     order, with the same workspace. Raises ValueError, with the shapes, for what does not fit.
@@ -231,11 +234,10 @@ def linear_logprobs(
         valid_vocab=valid_vocab, workspace_mb=workspace_mb,
     )  # fmt: skip
     for name in stats:
-        check_choice(op, "stats", name, reference.EXTRA_STATS)
+        check_choice(op, "stats", name, EXTRA_STATS)
     check_targets(op, targets, targets != ignore_index, options.valid_vocab)
     dtype = inputs.temperature.dtype
-    unsupported = f"stats={tuple(stats)}" if stats else None
-    backend = resolve(backend, hidden.device, dtype, op=op, unsupported=unsupported)
+    backend = resolve(backend, hidden.device, dtype, op=op)
     if backend == "reference":
         rows = (inputs.targets != ignore_index).nonzero().squeeze(-1)
         out = _reference(inputs, rows, options, stats)

@@ -164,7 +164,7 @@ def _loss_in_forward(
 
         return loss_in_forward(inputs, rows, options, tokens, needs)
     gradients = HeadGradients(inputs, needs)
-    head = ChunkedHead(inputs, rows, options)
+    head = ChunkedHead(inputs, rows, options, keep_logits=gradients.needed())
     table = torch.empty(rows.numel(), TABLE_COLUMNS)
     for chunk in head.chunks():
         part = table[chunk.span]
@@ -208,6 +208,8 @@ def _setup_context(ctx, inputs, output):
     ctx.count = len(inputs)
     ctx.gradients = output[1:]
     ctx.mark_non_differentiable(*output[1:])
+    # The others would arrive as zeros of their own size.
+    ctx.set_materialize_grads(False)
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ def _setup_context(ctx, inputs, output):
     ctx.options = (columns, reverse, backend)
     ctx.overwritten = False
     ctx.mark_non_differentiable(output[1])
+    # The others would arrive as zeros of their own size.
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, gradient, _):

@@ -1,8 +1,9 @@
 """Policy and value losses of [N] vectors: what remains once the vocabulary is reduced.
 
-Plain torch, or with the `triton` backend one launch that also writes the derivatives. Deviation
-from PPO's paper: the clip range may be asymmetric, and an upper bound for negative advantages
-("dual clip") is on offer. Formulas: docs/math.md, section 3.
+One sweep for loss, statistics and derivatives with `cpu`, one launch with `triton`; elsewhere plain
+torch, as under torch.compile, which fuses it. Deviation from PPO's paper: the clip range may be
+asymmetric, and an upper bound for negative advantages ("dual clip") is on offer. Formulas:
+docs/math.md, section 3.
 """
 
 import math
@@ -10,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import token_losses
+from . import _cpu_tokens, token_losses
 from ._backend import check_device, check_mask, check_same_shape, compute_dtype, resolve
 from ._records import LossOutput, LossStats, PolicyLossSpec, ValueStats
 
@@ -106,14 +107,20 @@ def policy_loss(
     )  # fmt: skip
     check_same_shape(op, logprobs=logprobs, entropy=entropy, kl=kl)
     dtype = compute_dtype(logprobs, old_logprobs, advantages, ref_logprobs, entropy, kl)
-    if (
-        resolve(backend, logprobs.device, dtype, op=op, available=("reference", "triton"))
-        == "triton"
-    ):
+    backend = resolve(
+        backend, logprobs.device, dtype, op=op,
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "triton":
         from . import _triton_losses
 
         return _triton_losses.policy_loss(
             logprobs, old_logprobs, advantages, mask, spec, ref_logprobs=ref_logprobs,
+            entropy=entropy, kl=kl, sequence_ids=sequence_ids, num_items=num_items,
+        )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.policy_loss(
+            spec, logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs,
             entropy=entropy, kl=kl, sequence_ids=sequence_ids, num_items=num_items,
         )  # fmt: skip
     rows = mask.reshape(-1).nonzero().squeeze(-1)
@@ -165,8 +172,13 @@ def value_loss(
             f"{op}: cliprange_value={cliprange_value!r} must be finite and > 0, or None"
         )
     dtype = compute_dtype(values, old_values, returns)
-    available = ("reference", "triton")
-    if resolve(backend, values.device, dtype, op=op, available=available) == "triton":
+    backend = resolve(
+        backend, values.device, dtype, op=op,
+        unsupported="torch.compile" if torch.compiler.is_compiling() else None,
+    )  # fmt: skip
+    if backend == "cpu":
+        return _cpu_tokens.value_loss(values, old_values, returns, mask, cliprange_value, num_items)
+    if backend == "triton":
         from . import _triton_losses
 
         return _triton_losses.value_loss(

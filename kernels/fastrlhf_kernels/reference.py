@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._records import TokenLogprobs
 
-EXTRA_STATS = ("mean_logits", "is_top1", "log_sum_sq_probs")
-
 
 def _at_least(x: Tensor, bound: float) -> Tensor:
     """max(x, bound) that passes the gradient on: the clamp only undoes rounding."""
@@ -176,7 +174,7 @@ def sample(
         smallest = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1).values[:, -1:]
         kept = kept.masked_fill(scaled < smallest, -torch.inf)
     if top_p < 1:
-        ordered, order = kept.softmax(-1).sort(dim=-1, descending=True)
+        ordered, order = kept.softmax(-1).sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p, so the first one always does.
         dropped = ordered.cumsum(-1) - ordered >= top_p
         kept = kept.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)

@@ -45,9 +45,7 @@ def sample(
         raise ValueError(f"{op}: top_k={top_k!r} must be ≥ 0 and top_p={top_p!r} in (0, 1]")
     narrowed = bool(top_k) or top_p < 1
     dtype = compute_dtype(logits)
-    backend = resolve(
-        backend, logits.device, dtype, op=op, unsupported="top_k and top_p" if narrowed else None
-    )
+    backend = resolve(backend, logits.device, dtype, op=op)
     if narrowed:
         warnings.warn(
             f"sample: top_k={top_k} and top_p={top_p} draw from a narrower distribution than the "
@@ -60,10 +58,8 @@ def sample(
         row_temperatures = row_temperature(op, temperature, rows, dtype)
         uniform = torch.rand(logits.shape[0], generator=generator, device=logits.device)
         if backend == "cpu":
-            readable = logits.float()
-            if readable.stride(-1) != 1:
-                readable = readable.contiguous()
-            tokens, logprobs = _cpu.sample_rows(readable, row_temperatures, uniform)
+            readable = logits if logits.stride(-1) == 1 else logits.contiguous()
+            tokens, logprobs = _cpu.sample_rows(readable, row_temperatures, uniform, top_k, top_p)
         elif backend == "triton":
             from . import _triton_sampling
 
