@@ -1,7 +1,7 @@
 """Generalised advantage estimation and masked whitening.
 
-One sweep over the tokens with `cpu`, one launch with `triton`; elsewhere plain torch, T steps on [B]
-vectors, as under torch.compile. Formulas: docs/math.md, sections 4 and 5.2.
+One sweep over the tokens with `cpu`, one launch with `triton`; elsewhere, and under torch.compile,
+plain torch: T steps on [B] vectors. Formulas: docs/math.md, sections 4 and 5.2.
 Deviation from Schulman et al. 2016: tokens masked out inside a sequence are skipped, so that the
 token before them bootstraps from the token after them.
 """
