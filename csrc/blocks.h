@@ -32,6 +32,17 @@ struct GradientRow {
   float scale, cap_slope;                      // cap_slope: temperature / softcap, or 0
 };
 
+// Ask for row[start ... start + n] to be brought near; it may lie past the end.
+inline void block_prefetch(const void* row, Type type, std::int64_t start, std::int64_t n) {
+#if defined(__GNUC__)
+  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(row) + start * size_of(type);
+  for (std::int64_t at = 0; at < n * size_of(type); at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + at), 0, 2);
+#else
+  (void)row, (void)type, (void)start, (void)n;
+#endif
+}
+
 // z <- row[start ... start + n], raised to float32, and row[start ... start + n] <- z, rounded
 void block_read(const void* row, Type type, std::int64_t start, std::int64_t n, float* z);
 void block_write(const float* z, std::int64_t n, void* row, Type type, std::int64_t start);

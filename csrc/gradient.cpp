@@ -5,6 +5,7 @@
 
 #include "reader.h"
 #include "rows.h"
+#include "vector_math.h"
 
 namespace fastrlhf {
 
@@ -24,17 +25,24 @@ GradientRow gradient_row(const TableRow& t, const float* coefficients, bool is_r
           scale, cap_slope};
 }
 
+// What the target's column has beyond the others. A call of its own: where it is added, a fused
+// multiply-add must not make the ops differ in a bit.
+FASTRLHF_NOINLINE float target_gradient(float z, float on_target, const GradientRow& row) {
+  // Without a cap its slope is 1, also where the target's logit is -inf.
+  const float slope = row.cap_slope == 0.0f ? 0.0f : z * row.cap_slope;
+  return on_target * row.scale * (1.0f - slope * slope);
+}
+
 // target: the target's column in the tile, if it lies there.
 void one_row(float* z, const float* ref, std::int64_t columns, std::int64_t target,
              float on_target, const GradientRow& row) {
   const bool has_target = 0 <= target && target < columns;
-  // Without a cap its slope is 1, also where the target's logit is -inf.
-  const float slope = has_target && row.cap_slope != 0.0f ? z[target] * row.cap_slope : 0.0f;
+  const float extra = has_target ? target_gradient(z[target], on_target, row) : 0.0f;
   for (std::int64_t start = 0; start < columns; start += kBlock) {
     const std::int64_t n = std::min(kBlock, columns - start);
     block_gradient(z + start, ref ? ref + start : nullptr, n, row);
   }
-  if (has_target) z[target] += on_target * row.scale * (1.0f - slope * slope);
+  if (has_target) z[target] += extra;
 }
 
 }  // namespace
@@ -82,7 +90,7 @@ void logit_gradient(const GivenRows& rows, const TableRow* table, const float* c
       float* block = z.copy(start, n);
       block_gradient(block, uses_reference ? ref.block(start, n) : nullptr, n, row);
       if (target >= start && target < start + n)
-        block[target - start] += row_coefficients[0] * row.scale;
+        block[target - start] += target_gradient(0.0f, row_coefficients[0], row);
       block_write(block, n, out, gradient.type, start);
     }
   }

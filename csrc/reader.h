@@ -14,6 +14,8 @@ class RowReader {
 
   // Tempered columns from `start` on, in float32, that the caller may change.
   float* copy(std::int64_t start, std::int64_t n) {
+    // Between two copies there is only arithmetic: without it memory would wait, and then the copy.
+    block_prefetch(row_, type_, start + 2 * kBlock, n);
     block_read(row_, type_, start, n, z_);
     if (!transform_.is_identity()) block_transform(z_, n, start, transform_);
     return z_;

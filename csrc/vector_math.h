@@ -7,8 +7,10 @@
 
 #if defined(__GNUC__)
 #define FASTRLHF_INLINE inline __attribute__((always_inline))
+#define FASTRLHF_NOINLINE __attribute__((noinline))
 #else
 #define FASTRLHF_INLINE inline
+#define FASTRLHF_NOINLINE
 #endif
 
 namespace fastrlhf {

@@ -57,7 +57,8 @@ def test_the_first_of_equal_logits_is_the_top_one():
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_a_heads_gradient_where_the_target_does_not_exist(softcap):
-    hidden, weight = torch.randn(3, 4), torch.randn(2100, 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (3, 2100))
     targets, bias = torch.tensor([0, 30, 2080]), torch.zeros(2100)
     bias[7:2060] = -torch.inf
     grads = []
@@ -110,7 +111,8 @@ def test_bfloat16_products_have_float32_sums(relative_rms, rows, columns, depth)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_gradient_where_the_target_does_not_exist(dtype):
-    logits, ref_logits = (3 * torch.randn(2, 3, 1003)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = (3 * torch.randn(2, 3, 1003, generator=generator)).to(dtype)
     targets = torch.tensor([0, 5, 1002])
     logits[1:, 5], ref_logits[:, 7] = -torch.inf, -torch.inf
     logits[:, 7] = -torch.inf
@@ -121,4 +123,4 @@ def test_the_logits_gradient_where_the_target_does_not_exist(dtype):
         assert out.logprobs[1] == -torch.inf
         grads.append(torch.autograd.grad((out.logprobs + out.entropy + out.kl).sum(), leaf)[0])
     assert all(x.isfinite().all() for x in grads)
-    torch.testing.assert_close(*grads, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(*grads, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

@@ -23,8 +23,9 @@ from . import _cpu
 from ._backend import check_head, compute_dtype, row_temperature
 
 WORKSPACE_MB = 300  # without a reference half of it is used
-TILE_SHARE = 12  # a tile of the weight in float32 is one part in twelve, and at most
-TILE_MB = 8  # what two cores have of second-level cache, a few times over
+TILE_SHARE = 12  # a tile of the weight in float32 is one part in twelve,
+TILE_MB = 16  # and at most this,
+TILE_COLUMNS = 2048  # and has no more columns: beyond, the products become slower again
 TILE_STEP = 1024  # columns; csrc's blocks then lie alike in a tile and in a whole row
 MAX_CHUNK_ROWS = 512  # more rows do not make the products faster
 
@@ -52,7 +53,7 @@ class HeadOptions(NamedTuple):
 
     def spans(self, size: int) -> list[slice]:
         """The tiles' columns, for a weight [V, size]."""
-        columns = max(1, self.tile_bytes // (4 * max(1, size)))
+        columns = min(TILE_COLUMNS, max(1, self.tile_bytes // (4 * max(1, size))))
         if columns > TILE_STEP:
             columns -= columns % TILE_STEP
         vocab = self.valid_vocab

@@ -243,7 +243,8 @@ def logprobs(
     logits that share memory with ref_logits. A second backward raises, and so does autograd where
     another operation has kept the logits for a backward that comes later.
 
-    The `cpu` backend gives the statistics of linear_logprobs for the same logits to the last bit.
+    The `cpu` backend gives the statistics of linear_logprobs for the same logits to the last bit,
+    where the tiles of its head have 1024 columns or more (by default, D up to 4096).
     Raises ValueError, with the shapes, for what does not fit. Source: docs/math.md, sections 1, 2.
     """
     op = "logprobs"
