@@ -8,26 +8,33 @@ are brought to one form a slice of the vocabulary at a time. _triton_head_gradie
 """
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tuned
 from ._head import HeadInputs, HeadOptions
 from ._records import TABLE_COLUMNS
 from ._triton import Variant, base, exp_and_moment, shifted_cross
 from ._triton_head_tile import (
-    DTYPES, REFERENCES, TILE_DIVISIBLE, HeadLaunch, cut, head_tile, strip_logits, strips,
-    tile_constexprs, tile_of, tile_signature,
+    DTYPES,
+    REFERENCES,
+    TILE_DIVISIBLE,
+    HeadLaunch,
+    head_tile,
+    head_tiles,
+    strip_logits,
+    strips,
+    tile_constexprs,
+    tile_of,
+    tile_signature,
 )  # fmt: skip
 
 EXTRA_COLUMNS = 3
 """float32 per row: mean logit, 1 where the target's logit is the maximum, log of the sum of P²"""
 
-MERGE_ROWS, MERGE_TILES = 16, 64
+MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 16, 64, 4
 
 
 @triton.jit
@@ -37,17 +44,36 @@ def tile_max(z):
 
 
 @triton.jit
-def tile_sum(z):
-    return (tl.sum(z[0], 1) + tl.sum(z[1], 1)) + (tl.sum(z[2], 1) + tl.sum(z[3], 1))
+def tile_sum(z, end):
+    """Σ z over the columns before `end`."""
+    width: tl.constexpr = z[0].shape[1]
+    total = 0.0
+    for i in tl.static_range(4):
+        offs = i * width + tl.arange(0, width)
+        total += tl.sum(tl.where(offs[None, :] < end, z[i], 0.0), 1)
+    return total
 
 
 @triton.jit
 def tile_logits(product, before, after, softcap):
-    z = ()
-    strip = strips(product)
-    for i in tl.static_range(4):
-        z = z + (strip_logits(strip[i], before, after, softcap),)
-    return z
+    a, b, c, d = strips(product)
+    a, b = strip_logits(a, before, after, softcap), strip_logits(b, before, after, softcap)
+    c, d = strip_logits(c, before, after, softcap), strip_logits(d, before, after, softcap)
+    return a, b, c, d
+
+
+@triton.jit
+def without_columns(z, end):
+    """Strips with −∞ in the columns from `end` on, which only the last tile has."""
+    width: tl.constexpr = z[0].shape[1]
+    a, b, c, d = z
+    if end < 4 * width:
+        offs = tl.arange(0, width)[None, :]
+        a = tl.where(offs < end, a, float("-inf"))
+        b = tl.where(offs + width < end, b, float("-inf"))
+        c = tl.where(offs + 2 * width < end, c, float("-inf"))
+        d = tl.where(offs + 3 * width < end, d, float("-inf"))
+    return a, b, c, d
 
 
 @triton.jit
@@ -63,14 +89,22 @@ def store_column(out_ptrs, z, target, mask):
 
 @triton.jit
 def own_sums(z, b):
-    """Σ e, Σ e·(z − b) and Σ e² with e = exp(z − b)."""
-    s, u, squares = 0.0, 0.0, 0.0
+    """Σ e and Σ e·(z − b) with e = exp(z − b)."""
+    s, u = 0.0, 0.0
     for i in tl.static_range(4):
         e, moment = exp_and_moment(z[i], b[:, None])
         s += tl.sum(e, 1)
         u += tl.sum(moment, 1)
-        squares += tl.sum(e * e, 1)
-    return s, u, squares
+    return s, u
+
+
+@triton.jit
+def sum_of_squares(z, b):
+    """Σ exp(z − b)²."""
+    squares = 0.0
+    for i in tl.static_range(4):
+        squares += tl.sum(tl.exp(2.0 * (z[i] - b[:, None])), 1)
+    return squares
 
 
 @triton.jit
@@ -90,6 +124,7 @@ def ref_sums(z, ref_z, b, ref_b, reverse):
     do_not_specialize=[
         "n", "columns", "first_column", "stride_partial",
         "before", "softcap", "after_scale", "has_bias", "has_ref_bias", "reverse",
+        "partials", "extra",
     ],
     do_not_specialize_on_alignment=[
         "bias_ptr", "ref_bias_ptr", "rows_ptr", "targets_ptr", "temperature_ptr",
@@ -101,12 +136,12 @@ def _head_partials(
     n, columns, first_column, size, ref_size,
     stride_hidden, stride_weight, stride_ref_hidden, stride_ref_weight,
     before, softcap, after_scale, has_bias, has_ref_bias, reverse,
-    partials_ptr, target_logits_ptr, stride_partial,
-    REFERENCE: tl.constexpr, EXTRA: tl.constexpr, PARTIALS: tl.constexpr,
+    partials_ptr, target_logits_ptr, stride_partial, partials, extra,
+    REFERENCE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     UPCAST_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partials [tiles, PARTIALS, stride_partial] and target_logits [2, stride_partial]."""
+    """Fill [tiles, partials, stride_partial], and target_logits [2, stride_partial]."""
     pid_m, pid_n = tile_of(n, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n
@@ -125,25 +160,29 @@ def _head_partials(
     target = tl.where(mask_target, target, 0).to(tl.int32)
     has_target = tl.max(mask_target.to(tl.int32), 0) != 0
 
-    out = partials_ptr + pid_n.to(tl.int64) * PARTIALS * stride_partial + offs_m
+    # What a row needs by itself comes first: it then takes no registers beside the sums. What few
+    # ask for stands in branches, for the same reason.
+    out = partials_ptr + pid_n.to(tl.int64) * partials * stride_partial + offs_m
     z = tile_logits(product, before, after, softcap)
-    if EXTRA:
-        z = cut(z, end, 0.0)
-        tl.store(out + (PARTIALS - 2) * stride_partial, tile_sum(z), mask=mask_m)
-    z = cut(z, end, float("-inf"))
+    if extra != 0:
+        total = tile_sum(z, end)
+        tl.store(out + (partials - 2) * stride_partial, total, mask=mask_m)
+    z = without_columns(z, end)
+    if REFERENCE != 0:
+        ref_z = without_columns(tile_logits(ref_product, before, after, softcap), end)
     if has_target:
         store_column(target_logits_ptr + offs_m, z, target, mask_target)
+        if REFERENCE != 0:
+            store_column(target_logits_ptr + stride_partial + offs_m, ref_z, target, mask_target)
     m = tile_max(z)
-    s, u, squares = own_sums(z, base(m))
+    if extra != 0:
+        squares = sum_of_squares(z, base(m))
+        tl.store(out + (partials - 1) * stride_partial, squares, mask=mask_m)
+    s, u = own_sums(z, base(m))
     tl.store(out, m, mask=mask_m)
     tl.store(out + stride_partial, s, mask=mask_m)
     tl.store(out + 2 * stride_partial, u, mask=mask_m)
-    if EXTRA:
-        tl.store(out + (PARTIALS - 1) * stride_partial, squares, mask=mask_m)
     if REFERENCE != 0:
-        ref_z = cut(tile_logits(ref_product, before, after, softcap), end, float("-inf"))
-        if has_target:
-            store_column(target_logits_ptr + stride_partial + offs_m, ref_z, target, mask_target)
         ref_m = tile_max(ref_z)
         ref_s, g = ref_sums(z, ref_z, base(m), base(ref_m), reverse)
         tl.store(out + 3 * stride_partial, ref_m, mask=mask_m)
@@ -177,17 +216,19 @@ def at_least(x, bound):
     return tl.where(x < bound, bound, x)
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "vocab", "reverse", "stride_partial"])
+@triton.jit(
+    do_not_specialize=["n", "tiles", "vocab", "reverse", "stride_partial", "partials", "extra"],
+    do_not_specialize_on_alignment=["table_ptr", "extra_ptr"],
+)
 def _merge_partials(
     partials_ptr, target_logits_ptr, table_ptr, extra_ptr,
-    n, tiles, vocab, reverse, stride_partial,
-    HAS_REF: tl.constexpr, EXTRA: tl.constexpr, PARTIALS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    n, tiles, vocab, reverse, stride_partial, partials, extra,
+    HAS_REF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """table [n, 8] and extra [n, 3] of the partials of all tiles."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n
-    stride_tile = stride_partial.to(tl.int64) * PARTIALS
+    stride_tile = stride_partial.to(tl.int64) * partials
     top = highest(partials_ptr, offs_m, mask_m, tiles, stride_tile, BLOCK_T)
     ref_top = top
     if HAS_REF:
@@ -206,9 +247,9 @@ def _merge_partials(
         factor = tl.exp(m - base(top)[None, :])
         s += tl.sum(tile_s * factor, 0)
         u += tl.sum((tile_u + tile_s * shift) * factor, 0)
-        if EXTRA:
-            total += tl.sum(tl.load(at + (PARTIALS - 2) * stride_partial, mask=mask, other=0.0), 0)
-            e = tl.load(at + (PARTIALS - 1) * stride_partial, mask=mask, other=0.0)
+        if extra != 0:
+            total += tl.sum(tl.load(at + (partials - 2) * stride_partial, mask=mask, other=0.0), 0)
+            e = tl.load(at + (partials - 1) * stride_partial, mask=mask, other=0.0)
             squares += tl.sum(e * factor * factor, 0)
         if HAS_REF:
             ref_m = tl.load(at + 3 * stride_partial, mask=mask, other=float("-inf"))
@@ -216,9 +257,7 @@ def _merge_partials(
             tile_g = tl.load(at + 5 * stride_partial, mask=mask, other=0.0)
             ref_s += tl.sum(tile_ref_s * tl.exp(ref_m - base(ref_top)[None, :]), 0)
             if reverse != 0:
-                moved = shifted_cross(
-                    tile_g, tile_ref_s, ref_m, m, ref_top[None, :], top[None, :]
-                )
+                moved = shifted_cross(tile_g, tile_ref_s, ref_m, m, ref_top[None, :], top[None, :])
             else:
                 moved = shifted_cross(tile_g, tile_s, m, ref_m, top[None, :], ref_top[None, :])
             g += tl.sum(moved, 0)
@@ -242,16 +281,11 @@ def _merge_partials(
     tl.store(out + 3, ref_log_sum, mask=mask_m)
     tl.store(out + 6, kl, mask=mask_m)
     tl.store(out + 7, ref_logprob, mask=mask_m)
-    if EXTRA:
+    if extra != 0:
         out = extra_ptr + offs_m.to(tl.int64) * 3
         tl.store(out, total / vocab, mask=mask_m)
         tl.store(out + 1, tl.where(z == top, 1.0, 0.0), mask=mask_m)
         tl.store(out + 2, tl.log(squares) - 2.0 * log_sum, mask=mask_m)
-
-
-def _partials(reference: int, extra: bool) -> int:
-    """Numbers per row and tile: m, s, u; mʳ, sʳ, g; Σ z, Σ e²."""
-    return 3 + 3 * (reference != 0) + 2 * extra
 
 
 def head_statistics(
@@ -268,10 +302,13 @@ def head_statistics(
     statistics = inputs.temperature.new_empty(count, EXTRA_COLUMNS) if extra else None
     if count == 0:
         return table, statistics
-    partials = _partials(head.reference, extra)
+    # m, s, u; mʳ, sʳ, g; Σ z, Σ e².
+    partials = 3 + 3 * (head.reference != 0) + 2 * extra
     vocab_tiles = triton.cdiv(options.valid_vocab, tiles.block_n)
-    size = options.workspace_bytes if head.direct else options.workspace_bytes // 2
-    span_columns = options.valid_vocab if head.direct else head.columns_within(size, head.copied_bytes)
+    size, span_columns = options.workspace_bytes, options.valid_vocab
+    if not head.direct:
+        size //= 2
+        span_columns = head.columns_within(size, head.copied_bytes)
     fitting = max(1, size // (4 * vocab_tiles * partials * tiles.block_m))
     step = min(fitting * tiles.block_m, triton.cdiv(count, 16) * 16)
     workspace = table.new_empty(vocab_tiles, partials, step)
@@ -286,42 +323,37 @@ def head_statistics(
             _head_partials[grid](
                 *head.arguments(span, chunk),
                 workspace[span.start // tiles.block_n :], target_logits, step,
-                EXTRA=extra, PARTIALS=partials, **head.constexprs, **head.launch,
+                partials, int(extra), **head.constexprs, **head.launch,
             )  # fmt: skip
         _merge_partials[(triton.cdiv(n, MERGE_ROWS),)](
             workspace, target_logits, table[first:],
             table if statistics is None else statistics[first:],
             n, vocab_tiles, options.valid_vocab, head.reverse, step,
-            HAS_REF=head.reference != 0, EXTRA=extra, PARTIALS=partials,
-            BLOCK_M=MERGE_ROWS, BLOCK_T=MERGE_TILES, num_warps=4,
+            partials, int(extra), HAS_REF=head.reference != 0,
+            BLOCK_M=MERGE_ROWS, BLOCK_T=MERGE_TILES, num_warps=MERGE_WARPS,
         )  # fmt: skip
     return table, statistics
 
 
 def variants(target: str) -> Iterator[Variant]:
     """Every compilation of this module's kernels that a launch on `target` can ask for."""
-    for dtype, reference, extra in product(DTYPES, (0, 1, 2), (False, True)):
-        tiles = _tuned.tiles("head", "partials", target, DTYPES[dtype], REFERENCES[reference])
+    for dtype, reference, tiles in head_tiles("partials", target):
         yield Variant(
-            _head_partials, "head_partials", tiles.describe(REFERENCES[reference], *["extra"] * extra),
-            dtype,
+            _head_partials, "head_partials", tiles.describe(REFERENCES[reference]), dtype,
             tile_signature(dtype)
-            | {"partials_ptr": "*fp32", "target_logits_ptr": "*fp32", "stride_partial": "i32"},
-            tile_constexprs(target, DTYPES[dtype], reference, tiles)
-            | {"EXTRA": extra, "PARTIALS": _partials(reference, extra)},
+            | dict.fromkeys(("partials_ptr", "target_logits_ptr"), "*fp32")
+            | dict.fromkeys(("stride_partial", "partials", "extra"), "i32"),
+            tile_constexprs(target, DTYPES[dtype], reference, tiles),
             tiles.num_warps, tiles.num_stages, True,
             (*TILE_DIVISIBLE, "partials_ptr", "target_logits_ptr"),
         )  # fmt: skip
-    for has_ref, extra in product((False, True), (False, True)):
-        words = ["ref"] * has_ref + ["extra"] * extra
+    pointers = ("partials_ptr", "target_logits_ptr", "table_ptr", "extra_ptr")
+    integers = ("n", "tiles", "vocab", "reverse", "stride_partial", "partials", "extra")
+    for has_ref in (False, True):
         yield Variant(
-            _merge_partials, "merge_partials", " ".join([f"{MERGE_ROWS}x{MERGE_TILES} w4", *words]),
-            "fp32",
-            dict.fromkeys(("partials_ptr", "target_logits_ptr", "table_ptr", "extra_ptr"), "*fp32")
-            | dict.fromkeys(("n", "tiles", "vocab", "reverse", "stride_partial"), "i32"),
-            {
-                "HAS_REF": has_ref, "EXTRA": extra, "PARTIALS": _partials(has_ref, extra),
-                "BLOCK_M": MERGE_ROWS, "BLOCK_T": MERGE_TILES,
-            },
-            4, 3, False, ("partials_ptr", "target_logits_ptr", "table_ptr", "extra_ptr"),
+            _merge_partials, "merge_partials",
+            f"{MERGE_ROWS}x{MERGE_TILES} w{MERGE_WARPS}" + " ref" * has_ref, "fp32",
+            dict.fromkeys(pointers, "*fp32") | dict.fromkeys(integers, "i32"),
+            {"HAS_REF": has_ref, "BLOCK_M": MERGE_ROWS, "BLOCK_T": MERGE_TILES},
+            MERGE_WARPS, 3, False, ("partials_ptr", "target_logits_ptr"),
         )  # fmt: skip

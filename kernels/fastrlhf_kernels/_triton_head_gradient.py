@@ -7,19 +7,26 @@ once. No buffer has the size of the weight or of the logits.
 """
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tuned
 from ._head import HeadInputs, HeadOptions
 from ._triton import Variant, own_gradient
 from ._triton_head_tile import (
-    DTYPES, REFERENCES, TILE_DIVISIBLE, HeadLaunch, head_tile, strip_logits, strips,
-    tile_constexprs, tile_of, tile_signature,
+    DTYPES,
+    REFERENCES,
+    TILE_DIVISIBLE,
+    HeadLaunch,
+    head_tile,
+    head_tiles,
+    strip_logits,
+    strips,
+    tile_constexprs,
+    tile_of,
+    tile_signature,
 )  # fmt: skip
 
 
@@ -68,12 +75,13 @@ def _head_gradient(
     if REFERENCE != 0:
         ref_m, ref_log_sum = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
         on_kl = tl.load(coefficients_ptr + 2)
-        forward = tl.where(reverse != 0, 0.0, on_kl)
-        on_logprob += forward
+        on_logprob += tl.where(reverse != 0, 0.0, on_kl)
         constant += tl.where(reverse != 0, on_kl, -on_kl * tl.load(table_ptr + 6))
-    scale = before * after
     strip, ref_strip = strips(product), strips(ref_product)
     width: tl.constexpr = BLOCK_N // 4
+    # Offsets inside a tile fit 32 bits, and take half the registers.
+    gradient_ptr += pid_m.to(tl.int64) * BLOCK_M * stride_gradient + start
+    row_offset = tl.arange(0, BLOCK_M) * stride_gradient
     for i in tl.static_range(4):
         offs = i * width + tl.arange(0, width)
         z = strip_logits(strip[i], before, after, softcap)
@@ -82,7 +90,8 @@ def _head_gradient(
             ref_z = strip_logits(ref_strip[i], before, after, softcap)
             ref_logprob = (ref_z - ref_m[:, None]) - ref_log_sum[:, None]
             # A reference of −∞ matters only where there is a coefficient.
-            ref_part = tl.where(forward[:, None] == 0.0, 0.0, -forward[:, None] * ref_logprob)
+            unused = (on_kl[:, None] == 0.0) | (reverse != 0)
+            ref_part = tl.where(unused, 0.0, -on_kl[:, None] * ref_logprob)
         g = own_gradient(
             z, m[:, None], log_sum[:, None], constant[:, None], on_logprob[:, None], ref_part
         )
@@ -90,12 +99,12 @@ def _head_gradient(
             if reverse != 0:
                 g -= on_kl[:, None] * tl.exp(ref_logprob)
         g += tl.where(offs[None, :] == target[:, None], on_target[:, None], 0.0)
-        g *= scale[:, None]
+        g *= before * after[:, None]
         if softcap != 0:
             slope = z / after[:, None]
             g *= 1.0 - slope * slope
         mask = mask_m[:, None] & (start + offs < columns)[None, :]
-        out = gradient_ptr + row[:, None] * stride_gradient + (start + offs)[None, :]
+        out = gradient_ptr + (row_offset[:, None] + offs[None, :])
         tl.store(out, g.to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
@@ -137,26 +146,24 @@ def head_gradients(
     """
     head = HeadLaunch("gradient", inputs, options)
     n, tiles, vocab = rows.numel(), head.tiles, options.valid_vocab
-    needs = (needs[0], needs[1], needs[2] and inputs.bias is not None)
     hidden, weight, bias = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if needed else None
+        torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if needed and x is not None
+        else None
         for x, needed in zip(inputs[:3], needs, strict=True)
     )
-    if n == 0 or not any(needs):
+    if n == 0 or (hidden is None and weight is None and bias is None):
         return hidden, weight, bias
+    table, coefficients = table.contiguous(), coefficients.contiguous()
     size = inputs.hidden.shape[1]
-    # A column costs its gradient, its part of the weight's gradient, and its copy.
-    column_bytes = n * head.dtype.itemsize + 4 * size * needs[1] + head.copied_bytes
-    step = min(
-        head.columns_within(options.workspace_bytes, column_bytes), triton.cdiv(vocab, 16) * 16
-    )
+    # A column of the vocabulary costs its gradient, its row of the weight's, and its copy.
+    own_bytes = n * head.dtype.itemsize + 4 * size * needs[1] + head.copied_bytes
+    step = head.columns_within(options.workspace_bytes, own_bytes)
+    step = min(step, triton.cdiv(vocab, 16) * 16)
     gradient = torch.empty(n, step, dtype=head.dtype, device=rows.device)
-    total = gathered = None
-    if needs[0]:
-        total = torch.empty(n, size, dtype=torch.float32, device=rows.device)
-    if needs[1]:
-        gathered = head.hidden.index_select(0, rows)
-        product_slice = torch.empty(step, size, dtype=torch.float32, device=rows.device)
+    hidden_sum = torch.empty(n if needs[0] else 0, size, device=rows.device)
+    weight_slice = torch.empty(step if needs[1] else 0, size, device=rows.device)
+    gathered = head.hidden.index_select(0, rows) if needs[1] else head.hidden
     for span in head.spans(step):
         grid = (triton.cdiv(n, tiles.block_m) * triton.cdiv(span.columns, tiles.block_n),)
         _head_gradient[grid](
@@ -165,21 +172,20 @@ def head_gradients(
         )  # fmt: skip
         g = gradient[:, : span.columns]
         place = slice(span.start, span.start + span.columns)
-        if total is not None:
-            float32_product(g, span.weight, out=total, accumulate=span.start > 0)
+        if hidden is not None:
+            float32_product(g, span.weight, out=hidden_sum, accumulate=span.start > 0)
         if weight is not None:
-            weight[place] = float32_product(g.t(), gathered, out=product_slice[: span.columns])
+            weight[place] = float32_product(g.t(), gathered, out=weight_slice[: span.columns])
         if bias is not None:
             bias[place] = g.sum(0, dtype=torch.float32)
     if hidden is not None:
-        hidden.index_copy_(0, rows, total.to(hidden.dtype))
+        hidden.index_copy_(0, rows, hidden_sum.to(hidden.dtype))
     return hidden, weight, bias
 
 
 def variants(target: str) -> Iterator[Variant]:
     """Every compilation of this module's kernel that a launch on `target` can ask for."""
-    for dtype, reference in product(DTYPES, (0, 1, 2)):
-        tiles = _tuned.tiles("head", "gradient", target, DTYPES[dtype], REFERENCES[reference])
+    for dtype, reference, tiles in head_tiles("gradient", target):
         yield Variant(
             _head_gradient, "head_gradient", tiles.describe(REFERENCES[reference]), dtype,
             tile_signature(dtype)

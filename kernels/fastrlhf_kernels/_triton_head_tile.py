@@ -7,7 +7,7 @@ vocabulary at a time, like one whose rows are not contiguous; such a slice is a 
 towards the workspace.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from ._triton import INTERPRETED, tanh, target_of
 
 NO_REFERENCE, SHARED_HEAD, OWN_HEAD = 0, 1, 2
 REFERENCES = ("none", "shared", "separate")
+SHARING = (torch.bfloat16, torch.float16)
+"""where two products share the loads of one weight; float32 operands leave no registers for that"""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -142,20 +144,6 @@ def strip_logits(product, before, after, softcap):
     return x * after[:, None]
 
 
-@triton.jit
-def cut(z, end, value):
-    """Strips with `value` in the columns from `end` on, which only the last tile has."""
-    width: tl.constexpr = z[0].shape[1]
-    out = ()
-    for i in tl.static_range(4):
-        x = z[i]
-        if end < 4 * width:
-            offs = i * width + tl.arange(0, width)
-            x = tl.where(offs[None, :] < end, x, value)
-        out = out + (x,)
-    return out
-
-
 class Span(NamedTuple):
     """Columns of the vocabulary, in the dtype to compute in, rows of the weight contiguous."""
 
@@ -179,26 +167,27 @@ class HeadLaunch:
 
     def __init__(self, kernel: str, inputs: HeadInputs, options: HeadOptions) -> None:
         self.options, self.weight, self.ref_weight = options, inputs.weight, inputs.ref_weight
-        self.targets, self.temperature = inputs.targets, inputs.temperature
+        self.targets = inputs.targets.contiguous()
+        self.temperature = inputs.temperature.contiguous()
         operands = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
         dtypes = {x.dtype for x in operands if x is not None}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         weights = [x for x in (inputs.weight, inputs.ref_weight) if x is not None]
         self.direct = all(x.dtype == self.dtype and _unit_stride(x) for x in weights)
-        self.copied_bytes = 0 if self.direct else sum(x.shape[1] for x in weights) * (
-            self.dtype.itemsize
-        )
-        """of the workspace, per column of the vocabulary"""
+        # Of the workspace, for a column of the vocabulary.
+        width = 0 if self.direct else sum(x.shape[1] for x in weights)
+        self.copied_bytes = width * self.dtype.itemsize
         self.reference = NO_REFERENCE
         if inputs.ref_hidden is not None:
-            self.reference = SHARED_HEAD if inputs.ref_weight is None else OWN_HEAD
+            shared = inputs.ref_weight is None and self.dtype in SHARING
+            self.reference = SHARED_HEAD if shared else OWN_HEAD
         self.hidden = _prepared(inputs.hidden, self.dtype)
         self.ref_hidden = (
             self.hidden if inputs.ref_hidden is None else _prepared(inputs.ref_hidden, self.dtype)
         )
         self.bias, self.ref_bias = (
             None if x is None else x.detach().float().contiguous()
-            for x in (inputs.bias, inputs.ref_bias)
+            for x in (inputs.bias, inputs.bias if inputs.ref_weight is None else inputs.ref_bias)
         )
         target = target_of(inputs.hidden.device)
         reference = REFERENCES[self.reference]
@@ -231,16 +220,26 @@ class HeadLaunch:
         hidden, ref_hidden, weight = self.hidden, self.ref_hidden, span.weight
         ref_weight = weight if span.ref_weight is None else span.ref_weight
         softcap = self.options.softcap
-        unused = self.temperature
+        scale = float(softcap or 1.0)
+        bias, ref_bias = (
+            self.temperature if x is None else x[span.start :] for x in (self.bias, self.ref_bias)
+        )
         return (
-            hidden, weight, unused if self.bias is None else self.bias[span.start :],
-            ref_hidden, ref_weight, unused if self.ref_bias is None else self.ref_bias[span.start :],
-            rows, self.targets, self.temperature,
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias,
+            rows.contiguous(), self.targets, self.temperature,
             rows.numel(), span.columns, span.start, weight.shape[1], ref_weight.shape[1],
             hidden.stride(0), weight.stride(0), ref_hidden.stride(0), ref_weight.stride(0),
-            self.options.logit_scale / (softcap or 1.0), float(softcap or 0.0), softcap or 1.0,
+            float(self.options.logit_scale / scale), float(softcap or 0.0), scale,
             int(self.bias is not None), int(self.ref_bias is not None), self.reverse,
         )  # fmt: skip
+
+
+def head_tiles(kernel: str, target: str) -> Iterator[tuple[str, int, _tuned.Tiles]]:
+    """dtype, reference and tiles of every launch of `kernel` that there can be."""
+    for name, dtype in DTYPES.items():
+        for reference, words in enumerate(REFERENCES):
+            if reference != SHARED_HEAD or dtype in SHARING:
+                yield name, reference, _tuned.tiles("head", kernel, target, dtype, words)
 
 
 def tile_constexprs(

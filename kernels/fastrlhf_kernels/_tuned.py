@@ -1,8 +1,8 @@
 """The tile sizes that the matrix kernels run with, one file of `tuned/` for each kernel module.
 
 target -> kernel -> width of the operands -> reference -> [BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-num_warps, num_stages]. They are chosen by compiling: of the tiles that fit the target's shared
-memory without a spill, the largest.
+num_warps, num_stages]. They are chosen by compiling, not by timing: of the tiles that fit the
+target's shared memory without a spill, the largest and then the deepest.
 """
 
 import json

@@ -115,6 +115,7 @@ def _backward(
     # Rows that the loss does not use need no logits either.
     active = ((gradient != 0).any(0) & (targets != ignore_index)).nonzero().squeeze(-1)
     coefficients = gradient.t()[active].contiguous()
+    found: tuple[Tensor | None, ...]
     if backend == "triton":
         from ._triton_head_gradient import head_gradients
 
