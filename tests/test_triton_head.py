@@ -13,6 +13,7 @@ import torch
 
 from fastrlhf_kernels import _triton, _triton_head, _triton_head_gradient, reference
 from fastrlhf_kernels._head import HeadInputs, HeadOptions
+from fastrlhf_kernels._records import EXTRA_STATS
 from fastrlhf_kernels._triton_head import head_statistics
 from fastrlhf_kernels._triton_head_gradient import float32_product, head_gradients
 
@@ -76,7 +77,7 @@ def eager(inputs, rows, options, coefficients, dtype=torch.float64):
         hidden[rows], weight, bias, inputs.targets[rows], inputs.temperature[rows].to(dtype),
         None if ref_hidden is None else ref_hidden[rows], ref_weight, ref_bias,
         logit_scale=options.logit_scale, softcap=options.softcap, valid_vocab=options.valid_vocab,
-        kl_direction=options.kl_direction, stats=reference.EXTRA_STATS,
+        kl_direction=options.kl_direction, stats=EXTRA_STATS,
     )  # fmt: skip
     a, b, c = coefficients.to(dtype).unbind(1)
     loss = (a * out.logprobs + b * out.entropy).sum()
@@ -261,6 +262,7 @@ def test_nan_stays_visible(head, device):
 FAR = """
 import torch
 from fastrlhf_kernels._head import HeadInputs, HeadOptions
+from fastrlhf_kernels._records import EXTRA_STATS
 from fastrlhf_kernels._triton_head import head_statistics
 from fastrlhf_kernels._triton_head_gradient import head_gradients
 
