@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _cpu
 from ._backend import check_head, compute_dtype, row_temperature
 
-WORKSPACE_MB = 300  # without a reference half of it is used
+WORKSPACE_MB = 320  # without a reference half of it is used
 TILE_SHARE = 12  # a tile of the weight in float32 is one part in twelve,
 TILE_MB = 16  # and at most this,
 TILE_COLUMNS = 2048  # and has no more columns: beyond, the products become slower again

@@ -223,7 +223,7 @@ def linear_logprobs(
     ref_weight is None. The reference gets no gradient. Rows whose target is `ignore_index` are
     never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" (of the
     tempered logits, without gradient). workspace_mb bounds the logits held at a time (by
-    default 300; without a reference half of it is used, without a gradient one tile).
+    default 320; without a reference half of it is used, without a gradient one tile).
 
     The `cpu` backend gives the same bits as linear_policy_loss for the same valid rows, in the same
     order, with the same workspace. Raises ValueError, with the shapes, for what does not fit.
