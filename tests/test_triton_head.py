@@ -262,7 +262,6 @@ def test_nan_stays_visible(head, device):
 FAR = """
 import torch
 from fastrlhf_kernels._head import HeadInputs, HeadOptions
-from fastrlhf_kernels._records import EXTRA_STATS
 from fastrlhf_kernels._triton_head import head_statistics
 from fastrlhf_kernels._triton_head_gradient import head_gradients
 

@@ -22,6 +22,8 @@ from ._triton_head_tile import (
     REFERENCES,
     TILE_DIVISIBLE,
     HeadLaunch,
+    at_least,
+    at_most,
     head_tile,
     head_tiles,
     strip_logits,
@@ -34,7 +36,7 @@ from ._triton_head_tile import (
 EXTRA_COLUMNS = 3
 """float32 per row: mean logit, 1 where the target's logit is the maximum, log of the sum of P²"""
 
-MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 16, 64, 4
+MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 16, 32, 4
 
 
 @triton.jit
@@ -203,17 +205,6 @@ def highest(partials_ptr, offs_m, mask_m, tiles, stride_tile, BLOCK_T: tl.conste
         )  # fmt: skip
         top = tl.maximum(top, tl.max(m, 0))
     return top
-
-
-@triton.jit
-def at_most(x, bound):
-    """A comparison that NaN fails, so that it stays visible."""
-    return tl.where(x > bound, bound, x)
-
-
-@triton.jit
-def at_least(x, bound):
-    return tl.where(x < bound, bound, x)
 
 
 @triton.jit(

@@ -144,6 +144,17 @@ def strip_logits(product, before, after, softcap):
     return x * after[:, None]
 
 
+@triton.jit
+def at_most(x, bound):
+    """A comparison that NaN fails, so that it stays visible."""
+    return tl.where(x > bound, bound, x)
+
+
+@triton.jit
+def at_least(x, bound):
+    return tl.where(x < bound, bound, x)
+
+
 class Span(NamedTuple):
     """Columns of the vocabulary, in the dtype to compute in, rows of the weight contiguous."""
 
