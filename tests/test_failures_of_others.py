@@ -214,7 +214,7 @@ def test_what_changes_during_a_run_does_not_recompile():
         for _, arguments in kernels.findall(path.read_text()):
             for name in re.findall(r"(\w+): tl\.constexpr", arguments):
                 seen += 1
-                assert name.isupper(), f"{path.name}: {name}"
+                assert name.isupper() or name == "dtype", f"{path.name}: {name}"
     assert seen
 
 

@@ -35,6 +35,17 @@ def _device_backend(device_type: str, device_index: int | None) -> str:
     return "triton"
 
 
+def _check_current(op: str, device: torch.device) -> None:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        current = torch.cuda.current_device()
+        if device.index is not None and device.index != current:
+            raise ValueError(
+                f"{op}: tensors on {device} while cuda:{current} is current; call it under "
+                f"torch.cuda.device({device.index})"
+            )
+
+
 def _require_triton(op: str, device: torch.device, dtype: torch.dtype) -> None:
     if not TRITON_INSTALLED:
         raise RuntimeError(f"{op}: backend='triton' needs Triton: pip install 'triton>=3.6'")
@@ -68,13 +79,17 @@ def resolve(
         best = "reference"
         if dtype != torch.float64 and unsupported is None:
             best = _device_backend(device.type, device.index)
-        return best if best in available else "reference"
+        chosen = best if best in available else "reference"
+        if chosen == "triton":
+            _check_current(op, device)
+        return chosen
     if backend not in available:
         raise RuntimeError(f"{op} has no {backend!r} backend; it has {', '.join(available)}")
     if unsupported is not None and backend != "reference":
         raise ValueError(f"{op}: backend={backend!r} does not support {unsupported}")
     if backend == "triton":
         _require_triton(op, device, dtype)
+        _check_current(op, device)
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"{op}: backend='cpu' takes tensors on a CPU, got {device}")

@@ -19,6 +19,7 @@ from ._records import TABLE_COLUMNS
 from ._triton_head_gradient import float32_product
 from ._triton_rows import row_statistics
 from ._triton_rows_gradient import row_gradient
+from ._triton_tokens import policy_coefficients
 
 ROWS = 128
 """a chunk has a multiple of this many rows where the workspace allows: a tile of the products"""
@@ -87,6 +88,19 @@ class _Chunks:
         return policy, reference
 
 
+def _coefficients(tokens: Any, table: Tensor, span: slice) -> Tensor:
+    """`tokens.coefficients`, in one launch."""
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[span]
+
+    return policy_coefficients(
+        tokens.spec, table, tokens.old_logprobs[span], tokens.advantages[span],
+        part(tokens.ref_logprobs), part(tokens.log_ratios), tokens.mean.weights[span],
+        tokens.mean.num_items, tokens.has_reference,
+    )[0]  # fmt: skip
+
+
 def loss_in_forward(
     inputs: HeadInputs,
     rows: Tensor,
@@ -118,7 +132,7 @@ def loss_in_forward(
         row_statistics(*given, temperature, part, **transform)
         if not any(needs):
             continue
-        coefficients = tokens.coefficients(part, span)
+        coefficients = _coefficients(tokens, part, span)
         active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
         slots = torch.full_like(chunk, -1)
         slots[active] = torch.arange(active.numel(), device=rows.device)

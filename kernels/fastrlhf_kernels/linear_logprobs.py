@@ -115,6 +115,9 @@ def _backward(
     # Rows that the loss does not use need no logits either.
     active = ((gradient != 0).any(0) & (targets != ignore_index)).nonzero().squeeze(-1)
     coefficients = gradient.t()[active].contiguous()
+    if ref_hidden is not None and not bool(coefficients[:, 2].any()):
+        # Without a KL in the loss there is nothing to make of the reference's logits.
+        inputs = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
     found: tuple[Tensor | None, ...]
     if backend == "triton":
         from ._triton_head_gradient import head_gradients
