@@ -10,24 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import BACKENDS, KERNELS
 
 import fastrlhf_kernels
 from fastrlhf_kernels import (
     PolicyLossSpec,
-    _cpu,
     linear_logprobs,
     linear_policy_loss,
     logprobs,
     policy_loss,
 )
 
-cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=cpu_only),
-    pytest.param("triton", marks=pytest.mark.interpret),
-]
-KERNELS = Path(fastrlhf_kernels.__file__).parent
+SOURCE = Path(fastrlhf_kernels.__file__).parent
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -189,7 +183,7 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_offsets_beyond_31_bits(device, backend):
     """N·V passes 2³¹ at N = 14134 for this vocabulary. In a process of its own: it might crash."""
     done = subprocess.run(
@@ -202,7 +196,7 @@ def test_offsets_beyond_31_bits(device, backend):
 
 def test_no_kernel_is_autotuned_at_run_time():
     """Timing a kernel that writes over its input runs it several times on it."""
-    for path in KERNELS.glob("_triton*.py"):
+    for path in SOURCE.glob("_triton*.py"):
         assert "autotune" not in path.read_text(), path.name
 
 
@@ -210,7 +204,7 @@ def test_what_changes_during_a_run_does_not_recompile():
     """Liger compiled anew for each length. Arguments in lower case are not constants."""
     kernels = re.compile(r"@triton\.jit[^\n]*\ndef (\w+)\((.*?)\):\n", re.S)
     seen = 0
-    for path in KERNELS.glob("_triton*.py"):
+    for path in SOURCE.glob("_triton*.py"):
         for _, arguments in kernels.findall(path.read_text()):
             for name in re.findall(r"(\w+): tl\.constexpr", arguments):
                 seen += 1
@@ -220,5 +214,5 @@ def test_what_changes_during_a_run_does_not_recompile():
 
 def test_grids_may_pass_65535():
     """Liger's grid had the length in its second dimension, which ends at 65,535."""
-    for path in KERNELS.glob("_triton*.py"):
+    for path in SOURCE.glob("_triton*.py"):
         assert "program_id(1)" not in path.read_text().replace("axis=1", "1"), path.name

@@ -7,12 +7,11 @@ vocabulary and a ragged tail; workspace_mb=0.05 makes every problem take several
 
 import pytest
 import torch
+from backends import ON_CPU, cpu_only
 
-from fastrlhf_kernels import _cpu, linear_logprobs, reference
+from fastrlhf_kernels import linear_logprobs, reference
 from fastrlhf_kernels._records import EXTRA_STATS
 
-cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
-BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
 SLACK = 5e-7
 TOKENS = ("logprobs", "entropy", "kl")
 
@@ -116,7 +115,7 @@ def test_cpu_is_as_close_to_the_truth_as_eager_float32(head_problem, relative_rm
     assert relative_rms(call(unmasked, backend="cpu").logprobs, truth[0][0]) > 1e-2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_identities(head_problem, backend):
     p = head_problem().to(torch.float32)
     tempered = call(p, backend=backend, temperature=torch.full((13,), 0.5))
@@ -130,7 +129,7 @@ def test_identities(head_problem, backend):
     assert (same.logprobs <= 0).all() and (same.entropy > 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_a_padded_vocabulary_is_a_truncated_head(head_problem, backend):
     p = head_problem().to(torch.float32)
     targets = p.targets.clamp(max=899)
@@ -152,7 +151,7 @@ def test_a_padded_vocabulary_is_a_truncated_head(head_problem, backend):
     assert weight.grad[900:].eq(0).all() and weight.grad[:900].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("offset", [-1e4, 1e4, -3e4])
 def test_extreme_logits(backend, offset):
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +169,7 @@ def test_extreme_logits(backend, offset):
     assert (out.kl - (true.exp() * (true - ref_true)).sum()).abs() < 2e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_logits_of_minus_infinity_do_not_exist(backend):
     hidden = torch.randn(3, 4).requires_grad_()
     weight, bias = torch.randn(2100, 4), torch.zeros(2100)
@@ -189,7 +188,7 @@ def test_logits_of_minus_infinity_do_not_exist(backend):
     assert hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_do_not_round_the_logits(head_problem, backend, dtype):
     p = head_problem(n=9, d=64, v=1003, scale=1.2).to(dtype)
@@ -218,7 +217,7 @@ def test_low_precision_gradients(head_problem, relative_rms):
     assert within(errors, [1.05 * x for x in eager_errors]), (errors, eager_errors)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_ignored_rows_are_never_read(head_problem, backend):
     p = head_problem().to(torch.float32)
     clean = gradients(p, backend=backend)
@@ -231,7 +230,7 @@ def test_ignored_rows_are_never_read(head_problem, backend):
     assert all(x[~p.mask].eq(0).all() for x in (*outputs, grads[0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_shapes_layouts_and_empty_input(head_problem, backend):
     p = head_problem(12).to(torch.float32)
     p.mask.fill_(True)
@@ -282,7 +281,7 @@ def test_bits_repeat_and_a_row_hardly_knows_its_neighbours(head_problem):
         torch.testing.assert_close(getattr(shuffled, name), x[order], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("name", CASES)
 def test_extra_statistics(head_problem, backend, name):
     p, options = head_problem(), CASES[name]

@@ -6,18 +6,16 @@ chunks, with rows masked out and rows that PPO clips.
 
 import pytest
 import torch
+from backends import ON_CPU, cpu_only
 
 from fastrlhf_kernels import (
     PolicyLossSpec,
-    _cpu,
     linear_logprobs,
     linear_policy_loss,
     policy_loss,
 )
 from fastrlhf_kernels.audit import OperatorMode
 
-cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
-BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
 SLACK = 5e-7
 WORKSPACE_MB = 0.05
 
@@ -146,7 +144,7 @@ def test_log_probabilities_agree_to_the_last_bit_so_the_first_ratio_is_1(head_pr
             assert out.stats.approx_kl == 0 and out.stats.clipfrac == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_ratio_1_and_the_own_reference(head_problem, backend, relative_rms):
     p = head_problem().to(torch.float32)
     old = linear_logprobs(
@@ -158,13 +156,15 @@ def test_ratio_1_and_the_own_reference(head_problem, backend, relative_rms):
     grads = []
     for spec in (PolicyLossSpec(kl_coef=0.5), PolicyLossSpec(loss="reinforce")):
         out, grad = fused(p, spec, backend=backend, **own)
-        assert out.stats.kl == 0 and out.stats.ratio == 1
+        assert out.stats.kl == 0
+        # Triton's two ops multiply with different kernels.
+        assert abs(out.stats.ratio - 1) <= (1e-6 if backend == "triton" else 0)
         grads.append(grad)
     for x, y in zip(*grads, strict=True):
         assert relative_rms(x, y) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_padding_microbatches_and_order_change_nothing(
     head_problem, backend, relative_rms, aggregation
@@ -279,7 +279,7 @@ def test_a_row_without_signal_gets_exactly_0(head_problem):
     assert hidden.ne(0).any(-1).sum() > 5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_only_where_they_are_wanted(head_problem, backend, relative_rms):
     p, spec = head_problem().to(torch.float32), SPECS["ppo with everything"]
     everything = fused(p, spec, backend=backend)[1]
@@ -291,7 +291,7 @@ def test_gradients_only_where_they_are_wanted(head_problem, backend, relative_rm
     assert not out.loss.requires_grad and not any(x.requires_grad for x in out.stats)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_tied_weights_scaled_losses_and_low_precision(head_problem, backend, relative_rms):
     p = head_problem().to(torch.float32)
 
@@ -312,7 +312,7 @@ def test_tied_weights_scaled_losses_and_low_precision(head_problem, backend, rel
     assert relative_rms(tied(torch.float32, backend, 2.9), truth) > 2e-2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_empty_single_and_fully_masked_input(head_problem, backend):
     p = head_problem().to(torch.float32)
     for rows in (slice(0, 0), slice(0, 1)):
@@ -323,7 +323,7 @@ def test_empty_single_and_fully_masked_input(head_problem, backend):
     assert out.loss == 0 and all(x.eq(0).all() for x in grads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_leading_dimensions(head_problem, backend):
     p = head_problem(12).to(torch.float32)
     spec = PolicyLossSpec(aggregation="sequence_mean")

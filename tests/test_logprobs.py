@@ -7,12 +7,11 @@ one block of columns, 49157 is many and a ragged tail.
 
 import pytest
 import torch
+from backends import ON_CPU, cpu_only
 
-from fastrlhf_kernels import _cpu, forbid_vocab_tensors, linear_logprobs, logprobs
+from fastrlhf_kernels import forbid_vocab_tensors, linear_logprobs, logprobs
 from fastrlhf_kernels.audit import VocabTensorError
 
-cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
-BACKENDS = ["reference", pytest.param("cpu", marks=cpu_only)]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 TOKENS = ("logprobs", "entropy", "kl")
@@ -177,7 +176,7 @@ def test_low_precision_is_read_exactly_and_rounded_once(dtype, vocab):
     assert all_equal(mixed, (outputs, gradient))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identities(backend, dtype):
     logits, ref_logits, targets = problem(dtype=dtype)
@@ -195,7 +194,7 @@ def test_identities(backend, dtype):
     assert logprobs(logits, targets, backend=backend).kl is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("offset", [-1e4, 1e4, -3e4])
 def test_extreme_logits(backend, offset):
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +208,7 @@ def test_extreme_logits(backend, offset):
     assert (gradient - true[1]).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_columns_that_do_not_exist(backend, direction):
     logits, ref_logits, targets = problem(v=2100)
@@ -231,7 +230,7 @@ def test_columns_that_do_not_exist(backend, direction):
     assert all_equal((outputs, gradient[:, :900]), cut)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ignored_rows_are_never_read(backend, dtype):
     logits, ref_logits, targets = problem(dtype=dtype)
@@ -259,7 +258,7 @@ def test_rows_without_a_coefficient_are_not_read_backward(inplace):
     assert torch.equal(gradient, alone)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_shapes_layouts_and_empty_input(backend):
     logits, ref_logits, targets = problem(12)
     flat = run(logits, ref_logits, targets, backend=backend)
@@ -311,7 +310,7 @@ def test_inplace_backward_makes_no_second_tensor(dtype, options):
         torch.autograd.grad(total, given)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_inplace_backward_is_refused_where_the_logits_are_needed(backend):
     logits, ref_logits, targets = problem()
     options = {"inplace_backward": True, "backend": backend}

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS, KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrlhf_kernels import (
     PolicyLossSpec,
-    _cpu,
     gae,
     linear_logprobs,
     linear_policy_loss,
@@ -23,11 +23,6 @@ from fastrlhf_kernels import (
 )
 from fastrlhf_kernels._records import AGGREGATIONS, LOSSES
 
-cpu_only = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
-BACKENDS = [
-    pytest.param("cpu", marks=cpu_only),
-    pytest.param("triton", marks=pytest.mark.interpret),
-]
 searched = settings(max_examples=25, deadline=None, derandomize=True)
 searched_briefly = settings(searched, max_examples=8)  # the interpreter is slow
 
@@ -45,7 +40,7 @@ def normal(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @searched
 @given(seeds, sizes, vocabularies, scales, offsets, temperatures, dtypes)
 def test_logprobs(device, backend, seed, n, v, scale, offset, temperature, dtype):
@@ -67,7 +62,7 @@ def test_logprobs(device, backend, seed, n, v, scale, offset, temperature, dtype
     assert (out.entropy >= 0).all() and (out.entropy <= math.log(v) + 1e-5).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @searched_briefly
 @given(
     seeds, sizes, st.integers(1, 40), vocabularies, st.sampled_from(LOSSES),
@@ -106,7 +101,7 @@ def test_linear_policy_loss(device, backend, seed, n, d, v, loss, aggregation, c
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @searched_briefly
 @given(seeds, sizes, vocabularies, st.floats(-1e4, 1e4))
 def test_a_bias_on_all_logits_changes_nothing(device, backend, seed, n, v, shift):
@@ -148,7 +143,7 @@ def test_whiten_forgets_shift_and_scale(seed, n, shift, scale):
     torch.testing.assert_close(whiten(x, mask, center=False).mean(), x.mean(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 @searched
 @given(seeds, st.integers(1, 9), vocabularies, temperatures)
 def test_sample(device, backend, seed, n, v, temperature):
