@@ -47,6 +47,9 @@ def one_product(
     hidden_ptrs = hidden_ptr + index[:, None] * stride_hidden + offs_k[None, :]
     weight_ptrs = weight_ptr + column[None, :] * stride_weight + offs_k[:, None]
     total = tl.zeros((index.shape[0], column.shape[0]), tl.float32) + bias[None, :]
+    if hidden_ptr.dtype.element_ty == tl.float32:
+        # Without a way around the loop, its sums take no registers beside what they start from.
+        tl.assume(size > 0)
     for k in range(0, size, BLOCK_K):
         mask_k = offs_k < size - k
         h = tl.load(hidden_ptrs, mask=mask_k[None, :], other=0.0)
@@ -114,7 +117,14 @@ def head_tile(
         )  # fmt: skip
         ref_product = product
     if REFERENCE == 2:
-        bias = tl.load(ref_bias_ptr + column, mask=column < has_ref_bias * columns, other=0.0)
+        if hidden_ptr.dtype.element_ty == tl.float32:
+            # By `column`, the addresses would take registers beside the first product.
+            offs = tl.arange(0, BLOCK_N)
+            mask = offs < has_ref_bias * columns - start
+            bias = tl.load(ref_bias_ptr + start + offs, mask=mask, other=0.0)
+        else:
+            mask = column < has_ref_bias * columns
+            bias = tl.load(ref_bias_ptr + column, mask=mask, other=0.0)
         ref_product = one_product(
             ref_hidden_ptr, ref_weight_ptr, bias, index, column, ref_size,
             stride_ref_hidden, stride_ref_weight, BLOCK_K, UPCAST_DOT, PRECISION,
