@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,8 +111,9 @@ def row_of(target: str, **changes) -> xray.Row:
 
 @pytest.mark.parametrize("target", LIMITS)
 def test_rules(target):
-    def broken(row, *, instructions, tiles=((128, 128),), columns=0, matrix=True):
-        return list(xray.violations(row, matrix, Counter(instructions), list(tiles), columns))
+    def broken(row, *, instructions, tiles=((128, 128),), columns=0, matrix=True, least=128):
+        variant = SimpleNamespace(matrix=matrix, smallest_tile=(128, least))
+        return list(xray.violations(row, variant, Counter(instructions), list(tiles), columns))
 
     good = row_of(target)
     assert broken(good, instructions=["HGMMA"]) == []
@@ -119,6 +121,7 @@ def test_rules(target):
     assert len(broken(good, instructions=["HMMA"])) == (target == "sm_90")
     small = broken(good, instructions=["QGMMA"], tiles=[(128, 256), (128, 64)])
     assert len(small) == (target not in ("sm_120", "gfx942"))
+    assert broken(good, instructions=["QGMMA"], tiles=[(128, 64)], least=64) == []
     assert len(broken(good, instructions=["HGMMA"], columns=513)) == 1
     limit = LIMITS[target].shared_block
     assert broken(row_of(target, shared_bytes=limit), instructions=["HGMMA"]) == []

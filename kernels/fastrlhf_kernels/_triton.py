@@ -38,6 +38,8 @@ class Variant(NamedTuple):
     """a matrix product: it has to compile to matrix instructions"""
     divisible: tuple[str, ...] = ()
     """arguments that are multiples of 16 in practice, which a launch compiles for"""
+    smallest_tile: tuple[int, int] = (128, 128)
+    """what a matrix product may not go below on sm_80 to sm_100"""
 
     @property
     def attrs(self) -> dict[tuple[int, ...], list[list[Any]]]:

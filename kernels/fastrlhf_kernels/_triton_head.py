@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._head import HeadInputs, HeadOptions
-from ._records import TABLE_COLUMNS
+from ._records import EXTRA_STATS, TABLE_COLUMNS
 from ._triton import Variant, base, exp_and_moment, shifted_cross
 from ._triton_head_tile import (
     DTYPES,
@@ -26,15 +26,13 @@ from ._triton_head_tile import (
     at_most,
     head_tile,
     head_tiles,
+    smallest_tile,
     strip_logits,
     strips,
     tile_constexprs,
     tile_of,
     tile_signature,
 )  # fmt: skip
-
-EXTRA_COLUMNS = 3
-"""float32 per row: mean logit, 1 where the target's logit is the maximum, log of the sum of P²"""
 
 MERGE_ROWS, MERGE_TILES, MERGE_WARPS = 16, 32, 4
 
@@ -282,7 +280,7 @@ def _merge_partials(
 def head_statistics(
     inputs: HeadInputs, rows: Tensor, options: HeadOptions, *, extra: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The table [n, TABLE_COLUMNS] of `rows` [n], and with `extra` their [n, EXTRA_COLUMNS].
+    """The table [n, TABLE_COLUMNS] of `rows` [n], and with `extra` their [n, 3] of EXTRA_STATS.
 
     As many rows at a time as their partial sums fit options.workspace_bytes, at least one tile of
     them; a row's bits do not depend on that. Rows that are not in `rows` are not read.
@@ -290,7 +288,7 @@ def head_statistics(
     head = HeadLaunch("partials", inputs, options)
     count, tiles = rows.numel(), head.tiles
     table = inputs.temperature.new_empty(count, TABLE_COLUMNS)
-    statistics = inputs.temperature.new_empty(count, EXTRA_COLUMNS) if extra else None
+    statistics = inputs.temperature.new_empty(count, len(EXTRA_STATS)) if extra else None
     if count == 0:
         return table, statistics
     # m, s, u; mʳ, sʳ, g; Σ z, Σ e².
@@ -337,6 +335,7 @@ def variants(target: str) -> Iterator[Variant]:
             tile_constexprs(target, DTYPES[dtype], reference, tiles),
             tiles.num_warps, tiles.num_stages, True,
             (*TILE_DIVISIBLE, "partials_ptr", "target_logits_ptr"),
+            smallest_tile(target, dtype, reference),
         )  # fmt: skip
     pointers = ("partials_ptr", "target_logits_ptr", "table_ptr", "extra_ptr")
     integers = ("n", "tiles", "vocab", "reverse", "stride_partial", "partials", "extra")

@@ -22,6 +22,7 @@ from ._triton_head_tile import (
     HeadLaunch,
     head_tile,
     head_tiles,
+    smallest_tile,
     strip_logits,
     strips,
     tile_constexprs,
@@ -194,4 +195,5 @@ def variants(target: str) -> Iterator[Variant]:
             tile_constexprs(target, DTYPES[dtype], reference, tiles),
             tiles.num_warps, tiles.num_stages, True,
             (*TILE_DIVISIBLE, "gradient_ptr", "stride_gradient"),
+            smallest_tile(target, dtype, reference),
         )  # fmt: skip

@@ -44,9 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-TILE = 128
 TILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-"""where a matrix product has to use tiles of at least TILE × TILE"""
+"""where a matrix product has to use tiles of at least its variant's `smallest_tile`"""
 MATRIX = re.compile(r"\b(?:UTC[A-Z]+MMA|[A-Z]G?MMA)\b|\bv_s?mfmac?_")
 WARPGROUP = re.compile(r"[A-Z]GMMA")
 LOCAL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_")
@@ -183,12 +182,16 @@ def xray(task: Task) -> Compiled | str:
         ),
     )  # fmt: skip
     tiles = [(int(m), int(n)) for m, n in DOT.findall(kernel.asm["ttir"])]
-    broken = list(violations(row, variant.matrix, instructions, tiles, columns))
+    broken = list(violations(row, variant, instructions, tiles, columns))
     return Compiled(row, [f"{name} {what}" for what in broken])
 
 
 def violations(
-    row: Row, matrix: bool, instructions: Counter[str], tiles: list[tuple[int, int]], columns: int
+    row: Row,
+    variant: "Variant",
+    instructions: Counter[str],
+    tiles: list[tuple[int, int]],
+    columns: int,
 ) -> Iterator[str]:
     """What `--check` fails on, each as the end of a sentence."""
     limit = LIMITS[row.target].shared_block
@@ -198,15 +201,16 @@ def violations(
         yield f"asks for {row.shared_bytes} bytes of shared memory; a block has {limit} there"
     if columns > TENSOR_COLUMNS:
         yield f"asks for {columns} columns of tensor memory; a block has {TENSOR_COLUMNS}"
-    if not matrix:
+    if not variant.matrix:
         return
     if not instructions:
         yield "is a matrix product without matrix instructions"
     elif row.target == "sm_90" and not any(WARPGROUP.fullmatch(name) for name in instructions):
         yield f"is a matrix product without wgmma; it has {', '.join(instructions)}"
-    small = [f"{m} × {n}" for m, n in tiles if min(m, n) < TILE]
+    rows, cols = variant.smallest_tile
+    small = [f"{m} × {n}" for m, n in tiles if m < rows or n < cols]
     if small and row.target in TILED:
-        yield f"multiplies in tiles of {small[0]}; at least {TILE} × {TILE} is asked for"
+        yield f"multiplies in tiles of {small[0]}; at least {rows} × {cols} is asked for"
 
 
 def every(tasks: Sequence[Task], jobs: int) -> Iterator[Compiled | str]:
