@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "reader.h"
@@ -144,16 +145,40 @@ void RunningSum::add(const BlockSums& block) {
   moment += weight * block.moment;
 }
 
-bool RunningSum::add(const float* z, std::int64_t n) {
+// sums: of a block, as a function of what to subtract.
+template <typename Sums>
+bool add_sums(RunningSum& running, const Sums& sums) {
   // The maximum rises in few blocks: it is cheaper to sum those twice than to look at all first.
-  BlockSums block = block_sums(z, n, base());
-  const bool is_raised = block.max > max;
+  BlockSums block = sums(running.base());
+  const bool is_raised = block.max > running.max;
   if (is_raised) {
-    raise(block.max);
-    block = block_sums(z, n, base());
+    running.raise(block.max);
+    block = sums(running.base());
   }
-  add(block);
+  running.add(block);
   return is_raised;
+}
+
+bool RunningSum::add(const float* z, std::int64_t n) {
+  return add_sums(*this, [=](float base) { return block_sums(z, n, base); });
+}
+
+// The row as it lies: a word holds a pair with the first number below.
+bool is_plain_bfloat16(const GivenRows& rows, std::int64_t i) {
+  const std::uint32_t one = 1;
+  unsigned char first;
+  std::memcpy(&first, &one, 1);
+  return first == 1 && rows.logits.type == Type::kBFloat16 && rows.temperature[i] == 1.0f;
+}
+
+void add_bfloat16(RowState& state, const std::uint16_t* row, const GivenRows& rows,
+                  std::int64_t target) {
+  for (std::int64_t start = 0; start < rows.columns; start += kBlock) {
+    const std::int64_t n = std::min(kBlock, rows.columns - start);
+    block_prefetch(row, Type::kBFloat16, start + 2 * kBlock, n);
+    add_sums(state.policy, [=](float base) { return block_sums_bfloat16(row + start, n, base); });
+  }
+  state.target_logit = RowReader(row, Type::kBFloat16, 1.0f).at(target);
 }
 
 void row_statistics(const Rows& rows, const float* bias, const float* ref_bias, RowState* states,
@@ -186,8 +211,13 @@ void logit_statistics(const GivenRows& rows, const bool* used, TableRow* table) 
     RowReader ref(has_reference ? rows.ref_logits.row(i) : nullptr, rows.ref_logits.type,
                   rows.temperature[i]);
     RowState state;
-    add_columns(state, row, has_reference ? &ref : nullptr,
-                {0, rows.columns, rows.targets[i], rows.reverse, false});
+    if (!has_reference && is_plain_bfloat16(rows, i)) {
+      add_bfloat16(state, static_cast<const std::uint16_t*>(rows.logits.row(i)), rows,
+                   rows.targets[i]);
+    } else {
+      add_columns(state, row, has_reference ? &ref : nullptr,
+                  {0, rows.columns, rows.targets[i], rows.reverse, false});
+    }
     table[i] = finished(state, has_reference, rows.reverse);
   }
 }
