@@ -74,7 +74,8 @@ def multiplies_bfloat16(left: Tensor, right: Tensor) -> bool:
 
 def packed_columns(columns: int, depth: int) -> Tensor:
     """Memory for `bfloat16_product` with that many columns."""
-    return torch.empty(-(-columns // _csrc.PANEL) * _csrc.PANEL, depth, dtype=torch.bfloat16)
+    rows = -(-columns // _csrc.PANEL) * _csrc.PANEL
+    return torch.empty(rows, depth, dtype=torch.bfloat16, device="cpu")
 
 
 def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -> None:
@@ -94,7 +95,7 @@ def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -
 
 def row_states(rows: int) -> Tensor:
     """Memory for what `row_statistics` knows of each row between two tiles."""
-    return torch.empty(rows, _csrc.STATE_BYTES, dtype=torch.uint8)
+    return torch.empty(rows, _csrc.STATE_BYTES, dtype=torch.uint8, device="cpu")
 
 
 class Tile(NamedTuple):
@@ -175,9 +176,9 @@ def row_gradient(
 
 def _row_offsets(x: Tensor) -> Tensor:
     """Where each row of x [..., V] starts, in elements from its first; [N] for any strides."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device=x.device)
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        offsets = offsets[..., None] + stride * torch.arange(size)
+        offsets = offsets[..., None] + stride * torch.arange(size, device=x.device)
     return offsets.reshape(-1)
 
 
@@ -266,12 +267,13 @@ def sample_rows(
     logits [B, V] of any of `TYPES` are read where they lie.
     """
     rows, columns = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64)
-    logprobs = torch.empty(rows)
+    tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
+    logprobs = torch.empty(rows, dtype=torch.float32, device="cpu")
     offsets = _row_offsets(logits)
     _csrc.sample(
         *_place(logits, offsets), rows, columns, _pointer(temperature, torch.float32, (rows,)),
         _pointer(uniform, torch.float32, (rows,)), top_k, top_p,
-        tokens.data_ptr(), logprobs.data_ptr(), _threads(logits.numel()),
+        _pointer(tokens, torch.int64, (rows,)), _pointer(logprobs, torch.float32, (rows,)),
+        _threads(logits.numel()),
     )  # fmt: skip
     return tokens, logprobs

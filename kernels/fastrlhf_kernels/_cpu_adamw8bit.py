@@ -13,7 +13,8 @@ from ._reference_adamw8bit import BLOCK, AdamWStep, Moments, dynamic_map, pieces
 def _maps() -> tuple[Tensor, Tensor]:
     """Both maps [2, 256] and their pieces [2, 8, 4], the signed ones first."""
     values = torch.stack([dynamic_map(True), dynamic_map(False)])
-    return values, torch.tensor([pieces(True), pieces(False)], dtype=torch.float32)
+    lines = torch.tensor([pieces(True), pieces(False)], dtype=torch.float32, device="cpu")
+    return values, lines
 
 
 def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, step: AdamWStep) -> None:
@@ -30,7 +31,8 @@ def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, step: Adam
         _cpu._pointer(moments.first_scale, torch.float32, (-(-size // BLOCK),)),
         _cpu._pointer(moments.second, state_type, (size,)),
         _cpu._pointer(moments.second_scale, torch.float32, (-(-size // BLOCK),)),
-        maps.data_ptr(), lines.data_ptr(),
+        _cpu._pointer(maps, torch.float32, (2, 256)),
+        _cpu._pointer(lines, torch.float32, (2, 8, 4)),
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, step.decay,
         step.step_size, step.root_correction, step.key or 0, step.key is not None,
         _cpu._threads(size),

@@ -32,8 +32,17 @@ def _pointer(x: Tensor | None, n: int, dtype: torch.dtype = torch.float32) -> in
     return _cpu._pointer(x, dtype, (n,))
 
 
+def _memory(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    # Torch's default type and device may be anything.
+    return torch.empty(n, dtype=dtype, device="cpu")
+
+
 def _partial(n: int, sums: int) -> Tensor:
-    return torch.empty(-(-n // CHUNK) * sums, dtype=torch.float64)
+    return _memory(-(-n // CHUNK) * sums, torch.float64)
+
+
+def _sums_pointer(x: Tensor) -> int:
+    return _pointer(x, x.numel(), torch.float64)
 
 
 def gae(
@@ -43,23 +52,23 @@ def gae(
     (rows, columns), n = mask.shape, mask.numel()
     given = [_read(x) for x in (rewards, values)]
     used = mask.reshape(-1).contiguous()
-    advantages, returns = torch.empty(rows, columns), torch.empty(rows, columns)
+    advantages, returns = _memory(n), _memory(n)
     _cpu._csrc.gae(
         *(_pointer(x, n) for x in given), _pointer(used, n, torch.bool), rows, columns, gamma, lam,
-        advantages.data_ptr(), returns.data_ptr(), _cpu._threads(n),
+        _pointer(advantages, n), _pointer(returns, n), _cpu._threads(n),
     )  # fmt: skip
-    return advantages, returns
+    return advantages.view(rows, columns), returns.view(rows, columns)
 
 
 def whiten(x: Tensor, mask: Tensor, center: bool) -> Tensor:
     """`reference.whiten`, float32 in the shape of x, with moments in double."""
     n, given, used = x.numel(), _read(x), mask.reshape(-1).contiguous()
-    partial, out = _partial(n, 2), torch.empty(x.shape)
+    partial, out = _partial(n, 2), _memory(n)
     _cpu._csrc.whiten(
-        _pointer(given, n), _pointer(used, n, torch.bool), n, center, partial.data_ptr(),
-        out.data_ptr(), _cpu._threads(n),
+        _pointer(given, n), _pointer(used, n, torch.bool), n, center, _sums_pointer(partial),
+        _pointer(out, n), _cpu._threads(n),
     )  # fmt: skip
-    return out
+    return out.view(x.shape)
 
 
 class ValueSums(torch.autograd.Function):
@@ -77,15 +86,14 @@ class ValueSums(torch.autograd.Function):
         n = mask.numel()
         given = [_read(x) for x in (values, old_values, returns)]
         used = mask.reshape(-1).contiguous()
-        gradient = torch.empty(values.shape) if ctx.needs_input_grad[0] else None
-        partial, sums = _partial(n, 2), torch.empty(2, dtype=torch.float64)
+        gradient = _memory(n) if ctx.needs_input_grad[0] else None
+        partial, sums = _partial(n, 2), _memory(2, torch.float64)
         _cpu._csrc.value_rows(
             *(_pointer(x, n) for x in given), _pointer(used, n, torch.bool), n,
             float("inf") if cliprange_value is None else cliprange_value,
-            0 if gradient is None else gradient.data_ptr(), partial.data_ptr(), sums.data_ptr(),
-            _cpu._threads(n),
+            _pointer(gradient, n), _sums_pointer(partial), _sums_pointer(sums), _cpu._threads(n),
         )  # fmt: skip
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(None if gradient is None else gradient.view(values.shape))
         ctx.dtype = values.dtype
         sums[0] /= 2
         return sums.float()
@@ -121,8 +129,8 @@ class PolicySums(torch.autograd.Function):
         given = [_read(x) for x in (logprobs, old_logprobs, advantages)]
         others = [_read(x) for x in (entropy, kl, ref_logprobs, weights, sequence_log_ratios)]
         used = mask.reshape(-1).contiguous()
-        slopes = torch.empty(logprobs.shape) if ctx.needs_input_grad[1] else None
-        partial, sums = _partial(n, 6), torch.empty(6, dtype=torch.float64)
+        slopes = _memory(n) if ctx.needs_input_grad[1] else None
+        partial, sums = _partial(n, 6), _memory(6, torch.float64)
         _cpu._csrc.policy_rows(
             *(_pointer(x, n) for x in given), _pointer(used, n, torch.bool), n,
             *(_pointer(x, n) for x in others),
@@ -130,9 +138,9 @@ class PolicySums(torch.autograd.Function):
             1 - spec.cliprange_low, 1 + spec.cliprange_high,
             float("inf") if spec.dual_clip is None else spec.dual_clip,
             spec.kl_coef, spec.old_kl_coef, spec.entropy_coef,
-            0 if slopes is None else slopes.data_ptr(), partial.data_ptr(), sums.data_ptr(),
-            _cpu._threads(n),
+            _pointer(slopes, n), _sums_pointer(partial), _sums_pointer(sums), _cpu._threads(n),
         )  # fmt: skip
+        slopes = None if slopes is None else slopes.view(logprobs.shape)
         ctx.save_for_backward(slopes, mask, weights)
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, kl)]
         on_kl = spec.kl_coef if spec.kl_estimator == "exact" else 0.0

@@ -139,7 +139,8 @@ class _Weight:
         if tile.dtype == torch.float32:
             return tile
         if self._raised is None:
-            self._raised = torch.empty(self.tile_columns, tile.shape[1])
+            size = (self.tile_columns, tile.shape[1])
+            self._raised = torch.empty(size, dtype=torch.float32, device=tile.device)
         return self._raised[: tile.shape[0]].copy_(tile)
 
     def operand(self, hidden: Tensor) -> Tensor:
@@ -166,7 +167,9 @@ class HeadGradients:
 
     def __init__(self, inputs: HeadInputs, needs: tuple[bool, bool, bool]) -> None:
         def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
-            return torch.zeros(x.shape) if needed and x is not None else None
+            if not needed or x is None:
+                return None
+            return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
         self.hidden = zeros(inputs.hidden, needs[0])
         self.weight = zeros(inputs.weight, needs[1])
@@ -212,8 +215,9 @@ class ChunkedHead:
             self.reference = _Weight(weight, bias, inputs.ref_hidden, vocab, columns)
         self.chunk_rows = count = options.chunk_rows(rows.numel())
         size = count * (vocab if keep_logits else columns)
-        self._logits = torch.empty(size)
-        self._ref_logits = None if self.reference is None else torch.empty(size)
+        # Torch's default type and device may be anything.
+        self._logits = torch.empty(size, dtype=torch.float32, device=rows.device)
+        self._ref_logits = None if self.reference is None else torch.empty_like(self._logits)
         self._states = _cpu.row_states(count)
 
     def chunks(self) -> Iterator[Chunk]:

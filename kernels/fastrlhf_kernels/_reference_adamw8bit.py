@@ -27,10 +27,11 @@ def dynamic_map(signed: bool) -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(DECADES):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        cells = 2 ** (i if signed else i + 1)
+        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32, device="cpu")
         positive = 10 ** (i - DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)
         values += positive.tolist() + ((-positive).tolist() if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 class Piece(NamedTuple):
@@ -57,7 +58,8 @@ def pieces(signed: bool) -> tuple[Piece, ...]:
     if not signed:
         # A second moment above 0 stays above 0: at 0 the next step would divide by eps alone.
         lines[0] = lines[0]._replace(above=0.0)
-    return tuple(Piece(*torch.tensor(line, dtype=torch.float32).tolist()) for line in lines)
+    rounded = torch.tensor(lines, dtype=torch.float32, device="cpu")
+    return tuple(Piece(*line) for line in rounded.tolist())
 
 
 def _blocks(x: Tensor) -> Tensor:

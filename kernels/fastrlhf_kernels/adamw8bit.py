@@ -166,14 +166,14 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _zero_state(parameter: Tensor, *, coded: bool) -> dict[str, Tensor]:
-    state = {"step": torch.zeros((), dtype=torch.int64)}
+    state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
     for name, zero in (("exp_avg", 127), ("exp_avg_sq", 0)):
         if coded:
             state[name] = torch.full(
                 parameter.shape, zero, dtype=torch.uint8, device=parameter.device
             )
             state[f"{name}_scale"] = torch.zeros(
-                -(-parameter.numel() // BLOCK), device=parameter.device
+                -(-parameter.numel() // BLOCK), dtype=torch.float32, device=parameter.device
             )
         else:
             state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)

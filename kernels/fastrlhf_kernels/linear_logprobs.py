@@ -64,8 +64,8 @@ def statistics_table(
 
         return head_statistics(inputs, rows, options, extra=extra)
     head = ChunkedHead(inputs, rows, options, keep_logits=False)
-    table = torch.empty(rows.numel(), TABLE_COLUMNS)
-    extras = torch.empty(rows.numel(), len(EXTRA_STATS)) if extra else None
+    table = torch.empty(rows.numel(), TABLE_COLUMNS, dtype=torch.float32, device=rows.device)
+    extras = table.new_empty(rows.numel(), len(EXTRA_STATS)) if extra else None
     for chunk in head.chunks():
         head.statistics(chunk, table[chunk.span], None if extras is None else extras[chunk.span])
     return table, extras
@@ -126,7 +126,7 @@ def _backward(
     else:
         gradients = HeadGradients(inputs, needs)
         head = ChunkedHead(inputs, active, options, keep_logits=True)
-        again = torch.empty(active.numel(), TABLE_COLUMNS)
+        again = table.new_empty(active.numel(), TABLE_COLUMNS)
         for chunk in head.chunks():
             head.statistics(chunk, again[chunk.span])
             head.backward(chunk, again[chunk.span], coefficients[chunk.span], gradients)

@@ -165,7 +165,7 @@ def _loss_in_forward(
         return loss_in_forward(inputs, rows, options, tokens, needs)
     gradients = HeadGradients(inputs, needs)
     head = ChunkedHead(inputs, rows, options, keep_logits=gradients.needed())
-    table = torch.empty(rows.numel(), TABLE_COLUMNS)
+    table = torch.empty(rows.numel(), TABLE_COLUMNS, dtype=torch.float32, device=rows.device)
     for chunk in head.chunks():
         part = table[chunk.span]
         head.statistics(chunk, part)
@@ -309,7 +309,7 @@ def linear_policy_loss(
         tokens = _Tokens.of_valid_rows(spec, old, advantage, mean, ref, rows, has_reference)
         return _reference(inputs, rows, options, tokens, (mask, sequence_ids))
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.tensor(num_items)
+        num_items = torch.full((), num_items, dtype=torch.float32, device=hidden.device)
     differentiate = torch.is_grad_enabled()
     needs = [differentiate and x is not None and x.requires_grad for x in inputs[:3]]
     out, *_ = _forward(

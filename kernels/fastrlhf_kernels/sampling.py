@@ -53,10 +53,11 @@ def sample(
             TruncatedSamplingWarning,
             stacklevel=2,
         )
-    rows = torch.empty(logits.shape[0], device=logits.device)
     with torch.no_grad():
-        row_temperatures = row_temperature(op, temperature, rows, dtype)
-        uniform = torch.rand(logits.shape[0], generator=generator, device=logits.device)
+        uniform = torch.rand(
+            logits.shape[0], generator=generator, dtype=torch.float32, device=logits.device
+        )
+        row_temperatures = row_temperature(op, temperature, uniform, dtype)
         if backend == "cpu":
             readable = logits if logits.stride(-1) == 1 else logits.contiguous()
             tokens, logprobs = _cpu.sample_rows(readable, row_temperatures, uniform, top_k, top_p)
