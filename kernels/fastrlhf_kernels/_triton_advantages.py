@@ -100,7 +100,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """`reference.gae` of [B, T], in its order of operations."""
     sequences, length = rewards.shape
-    advantages = torch.empty(rewards.shape, device=rewards.device)
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel():
         _gae_kernel[(triton.cdiv(sequences, BLOCK_SEQUENCES),)](
@@ -112,12 +112,12 @@ def gae(
 
 def whiten(x: Tensor, mask: Tensor, center: bool) -> Tensor:
     """`reference.whiten`; the moments of blocks are merged in a fixed order."""
-    out = torch.empty(x.shape, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     count = x.numel()
     if count:
         entries, kept = flat(x), flat(mask)
         blocks = triton.cdiv(count, WHITEN_BLOCK)
-        parts = torch.empty(4, blocks, device=x.device)
+        parts = torch.empty(4, blocks, dtype=torch.float32, device=x.device)
         options = {"BLOCK": WHITEN_BLOCK, "num_warps": 8}
         _moments_kernel[(blocks,)](entries, kept, parts, count, blocks, **options)
         _whiten_kernel[(blocks,)](

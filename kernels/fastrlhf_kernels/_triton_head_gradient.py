@@ -162,8 +162,8 @@ def head_gradients(
     step = head.columns_within(options.workspace_bytes, own_bytes)
     step = min(step, triton.cdiv(vocab, 16) * 16)
     gradient = torch.empty(n, step, dtype=head.dtype, device=rows.device)
-    hidden_sum = torch.empty(n if needs[0] else 0, size, device=rows.device)
-    weight_slice = torch.empty(step if needs[1] else 0, size, device=rows.device)
+    hidden_sum = torch.empty(n * needs[0], size, dtype=torch.float32, device=rows.device)
+    weight_slice = torch.empty(step * needs[1], size, dtype=torch.float32, device=rows.device)
     gathered = head.hidden.index_select(0, rows) if needs[1] else head.hidden
     for span in head.spans(step):
         grid = (triton.cdiv(n, tiles.block_m) * triton.cdiv(span.columns, tiles.block_n),)

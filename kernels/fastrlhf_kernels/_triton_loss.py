@@ -113,9 +113,11 @@ def loss_in_forward(
     tokens: the `_Tokens` of linear_policy_loss, which say what the loss of a row is.
     """
     chunks = _Chunks(inputs, rows, options, any(needs))
-    table = torch.empty(rows.numel(), TABLE_COLUMNS, device=rows.device)
+    table = torch.empty(rows.numel(), TABLE_COLUMNS, dtype=torch.float32, device=rows.device)
     gradients = [
-        torch.zeros(x.shape, device=x.device) if needed and x is not None else None
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if needed and x is not None
+        else None
         for x, needed in zip(inputs[:3], needs, strict=True)
     ]
     transform: dict[str, Any] = {

@@ -50,7 +50,7 @@ def _weights(
     if aggregation != "sequence_mean":
         own_count, weights = mask.sum(), mask.reshape(-1).float()
     elif sequence_ids is None:
-        weights = (mask / mask.sum(1, keepdim=True).clamp(min=1)).reshape(-1)
+        weights = (mask.float() / mask.sum(1, keepdim=True).clamp(min=1)).reshape(-1)
         own_count = mask.any(1).sum()
     else:
         mean = token_losses.row_mean(mask, aggregation, sequence_ids, num_items, torch.float32)

@@ -147,7 +147,7 @@ def sample(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(rows, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         _sample_kernel[(rows,)](
             logits, temperature, uniform, tokens, logprobs,

@@ -184,7 +184,7 @@ def policy_rows(
     if rows == 0:
         return coefficients, tokens
     if not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, device=weights.device)
+        num_items = torch.full((), num_items, dtype=torch.float32, device=weights.device)
 
     def given(x: Tensor | None) -> Tensor:
         return weights if x is None else x  # a pointer that is not there is never read
@@ -232,7 +232,7 @@ def value_rows(
     cliprange_value: float | None,
 ) -> Tensor:
     """[N, 3]: loss, 1 where clipped, derivative of the loss in the value; zeros where masked."""
-    tokens = torch.empty(values.numel(), 3, device=values.device)
+    tokens = torch.empty(values.numel(), 3, dtype=torch.float32, device=values.device)
     if values.numel():
         _value_kernel[(triton.cdiv(values.numel(), BLOCK),)](
             flat(values), flat(old_values), flat(returns), flat(mask), tokens, values.numel(),
