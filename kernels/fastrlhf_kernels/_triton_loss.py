@@ -59,7 +59,10 @@ class _Chunks:
         )
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias.detach()[: self.options.valid_vocab].float()
+        if bias is None:
+            return None
+        # The kernels read adjacent numbers.
+        return bias.detach()[: self.options.valid_vocab].float().contiguous()
 
     def spans(self) -> Iterator[slice]:
         count = self.rows.numel()
