@@ -259,6 +259,28 @@ def test_nan_stays_visible(head, device):
     assert table[:, 4:].isnan().all()
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_divergence_without_a_coefficient_may_be_infinite(head, device, direction):
+    inputs = head(("bias", *SEPARATE), v=300)
+    # The reference, or in reverse the policy, forbids a token that the other allows; of a third
+    # kind of row the reference knows nothing at all.
+    (inputs.ref_bias if direction == "forward" else inputs.bias)[7] = -torch.inf
+    inputs.targets.fill_(290)
+    inputs.ref_hidden[4] = torch.nan
+    options = PLAIN._replace(valid_vocab=300, kl_direction=direction)
+    rows = torch.tensor([4, 2, 0], device=device)
+    coefficients = random_coefficients(rows)
+    coefficients[:, 2] = 0
+    table, _ = head_statistics(inputs, rows, options)
+    assert table[1:, 6].isposinf().all() and table[0, 6].isnan()
+    needs = (True, True, True)
+    got = head_gradients(inputs, rows, options, table, coefficients, needs)
+    alone = inputs._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
+    expected = head_gradients(alone, rows, options, table, coefficients, needs)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)  # a NaN is close to nothing
+
+
 FAR = """
 import torch
 from fastrlhf_kernels._head import HeadInputs, HeadOptions

@@ -77,7 +77,9 @@ def _head_gradient(
         ref_m, ref_log_sum = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
         on_kl = tl.load(coefficients_ptr + 2)
         on_logprob += tl.where(reverse != 0, 0.0, on_kl)
-        constant += tl.where(reverse != 0, on_kl, -on_kl * tl.load(table_ptr + 6))
+        # A divergence of +∞ matters only where there is a coefficient.
+        pull = tl.where(on_kl == 0.0, 0.0, -on_kl * tl.load(table_ptr + 6))
+        constant += tl.where(reverse != 0, on_kl, pull)
     strip, ref_strip = strips(product), strips(ref_product)
     width: tl.constexpr = BLOCK_N // 4
     # Offsets inside a tile fit 32 bits, and take half the registers.
@@ -98,7 +100,8 @@ def _head_gradient(
         )
         if REFERENCE != 0:
             if reverse != 0:
-                g -= on_kl[:, None] * tl.exp(ref_logprob)
+                ref_p = tl.exp(ref_logprob)
+                g -= tl.where(on_kl[:, None] == 0.0, 0.0, on_kl[:, None] * ref_p)
         g += tl.where(offs[None, :] == target[:, None], on_target[:, None], 0.0)
         g *= before * after[:, None]
         if softcap != 0:
