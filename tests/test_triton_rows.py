@@ -285,6 +285,27 @@ def test_real_blocks(device, relative_rms, real_blocks, v):
     assert within(*(errors(relative_rms, x, truth) for x in (run(p), eagers)))
 
 
+def test_a_target_that_is_not_there_has_no_log_probability(device):
+    # On a GPU nobody looks at the targets first: what lies beside a row is not its logit.
+    p = Problem(device)
+    biases = [torch.zeros(70, device=device) for _ in range(2)]
+    given = (p.temperature, nan(4, 8, like=p.logits))
+    options = {"logit_scale": 1.0, "softcap": None, "reverse": False}
+    expected, _ = run(p)
+    for columns in (70, 61):
+        p.targets[1:3] = torch.tensor([-3, columns + 1])
+        given[1].fill_(0)
+        if columns == 70:
+            row_statistics(p.logits, p.ref_logits, p.targets, *biases, *given, **options)
+            assert torch.equal(given[1][[0, 3], 4:7], expected[[0, 3]])
+        else:
+            logit_statistics(
+                p.logits, p.ref_logits, p.targets, p.used, *given, columns=columns, reverse=False
+            )
+        assert given[1][1:3][:, [4, 7]].isnan().all() and not given[1][:, :4].isnan().any()
+        assert not given[1][[0, 3]].isnan().any() and not given[1][:, 5:7].isnan().any()
+
+
 FAR = """
 import sys, torch
 sys.path.insert(0, {tests!r})

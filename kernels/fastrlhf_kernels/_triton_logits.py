@@ -63,9 +63,12 @@ def logits_block(
 
 @triton.jit
 def target_logit(
-    logits_ptr, offsets_ptr, bias_ptr, row, target, mask, logit_scale, softcap,
+    logits_ptr, offsets_ptr, bias_ptr, row, target, columns, mask, logit_scale, softcap,
     HEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
+    """The logit of each row's target; NaN for one outside the vocabulary, which is not read."""
+    there = (target >= 0) & (target < columns)
+    mask = mask & there
     offset = tl.load(offsets_ptr + row, mask=mask, other=0)
     z = tl.load(logits_ptr + offset + target, mask=mask, other=0.0).to(tl.float32)
     if HEAD:
@@ -73,7 +76,7 @@ def target_logit(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + target, mask=mask, other=0.0)
         z = _capped(z, bias, logit_scale, softcap)
-    return z
+    return tl.where(there, z, float("nan"))
 
 
 @triton.jit

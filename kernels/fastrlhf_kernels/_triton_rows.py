@@ -128,10 +128,11 @@ def _statistics_kernel(
         tl.store(out + 5 * rows, tl.sum(g, 0))
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "reverse"])
+@triton.jit(do_not_specialize=["rows", "columns", "parts", "reverse"])
 def _table_kernel(
     moments_ptr, logits_ptr, offsets_ptr, ref_logits_ptr, ref_offsets_ptr, bias_ptr, ref_bias_ptr,
-    targets_ptr, used_ptr, temperature_ptr, table_ptr, rows, parts, logit_scale, softcap, reverse,
+    targets_ptr, used_ptr, temperature_ptr, table_ptr,
+    rows, columns, parts, logit_scale, softcap, reverse,
     HAS_REF: tl.constexpr, HEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +172,7 @@ def _table_kernel(
         out += MOMENTS * rows
     log_sum = tl.log(s)
     z = target_logit(
-        logits_ptr, offsets_ptr, bias_ptr, row, target, mask, logit_scale, softcap,
+        logits_ptr, offsets_ptr, bias_ptr, row, target, columns, mask, logit_scale, softcap,
         HEAD, HAS_BIAS,
     )  # fmt: skip
     logprob = (z - m) * rate - log_sum
@@ -182,8 +183,8 @@ def _table_kernel(
         gap = log_sum - ref_log_sum
         kl = tl.where(reverse != 0, tl.div_rn(g, ref_s) + gap, tl.div_rn(g, s) - gap)
         ref_z = target_logit(
-            ref_logits_ptr, ref_offsets_ptr, ref_bias_ptr, row, target, mask, logit_scale, softcap,
-            HEAD, HAS_BIAS,
+            ref_logits_ptr, ref_offsets_ptr, ref_bias_ptr, row, target, columns, mask,
+            logit_scale, softcap, HEAD, HAS_BIAS,
         )  # fmt: skip
         ref_logprob = (ref_z - ref_m) * rate - ref_log_sum
     else:
@@ -241,8 +242,8 @@ def _launch(
         **options, ALIGNED=given.aligned, BLOCK=block, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     _table_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-        moments, *given[:4], *biases, targets, used, temperature, table, rows, parts, *numbers,
-        **options, BLOCK_ROWS=BLOCK_ROWS, num_warps=1, num_stages=1,
+        moments, *given[:4], *biases, targets, used, temperature, table,
+        rows, columns, parts, *numbers, **options, BLOCK_ROWS=BLOCK_ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
