@@ -26,9 +26,9 @@ MINUS_INFINITY = tl.constexpr(-2_139_095_041)
 
 @triton.jit
 def _ordered(z):
-    """Integers that are ordered, and tied, like the floats."""
+    """Integers that are ordered, and tied, like the floats; a NaN of either sign above them all."""
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(z != z, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
 @triton.jit
