@@ -154,6 +154,20 @@ def test_a_table_gives_the_same_bits(device):
     assert [x.shape for x in nothing] == [(0, 3), (0, 6)]
 
 
+def test_one_row_may_come_from_anywhere(device):
+    # The stride of a dimension of one is whatever made it, and different for each input.
+    p = Tokens(device)
+    for name in (*NAMES, "old_logprobs", "advantages", "ref_logprobs", "weights"):
+        setattr(p, name, getattr(p, name)[3:4])
+    spec = replace(LOSSES["ppo_clip"], kl_estimator="exact", kl_coef=0.2, entropy_coef=0.1)
+    expected = launched(spec, p)
+    p.logprobs = torch.stack([p.logprobs] * 5, -1)[:, 2]
+    p.kl = torch.stack([p.kl] * 3, -1)[:, 1]
+    assert len({x.stride(0) for x in (p.logprobs, p.entropy, p.kl)}) == 3
+    got = launched(spec, p)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
 def test_rows_of_weight_0_are_not_read_and_rows_stand_alone(device):
     p = Tokens(device)
     spec = replace(LOSSES["ppo_clip"], kl_estimator="k3", kl_coef=0.2, entropy_coef=0.1)

@@ -175,8 +175,9 @@ def policy_rows(
     stride, that of `logprobs`.
     """
     rows = logprobs.numel()
-    stride = logprobs.stride(0)
-    assert all(x is None or x.stride(0) == stride for x in (entropy, kl))
+    # One row has whatever stride it came with.
+    stride = logprobs.stride(0) if rows > 1 else 1
+    assert rows <= 1 or all(x is None or x.stride(0) == stride for x in (entropy, kl))
     adjacent = (old_logprobs, advantages, weights, sequence_log_ratios)
     assert all(x is None or (x.shape == (rows,) and x.is_contiguous()) for x in adjacent)
     coefficients = weights.new_empty(rows, 3)
