@@ -20,3 +20,11 @@ INTERPRETED = pytest.param(
     ],
 )
 ON_CPU = ["reference", CPU, INTERPRETED]
+
+
+def place(backend: str, device: torch.device) -> torch.device:
+    """Where a backend's tensors live: Triton's on the tested device, every other one's on the CPU.
+
+    A GPU machine tests the C++ kernels too, and those read host memory.
+    """
+    return device if backend == "triton" else torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, KERNELS
+from backends import BACKENDS, KERNELS, place
 
 import fastrlhf_kernels
 from fastrlhf_kernels import (
@@ -34,10 +34,6 @@ def head(generator, n, d, v, dtype=torch.float32, scale=1.0):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-def place(backend, device):
-    return device if backend == "triton" else torch.device("cpu")
 
 
 @every_backend

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from backends import BACKENDS, KERNELS
+from backends import BACKENDS, KERNELS, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,8 +50,9 @@ def test_logprobs(device, backend, seed, n, v, scale, offset, temperature, dtype
     logits = (scale * normal(generator, n, v) + offset).to(dtype)
     ref = (scale * normal(generator, n, v)).to(dtype)
     targets = torch.randint(0, v, (n,), generator=generator)
-    given_ = {"ref_logits": ref.to(device), "temperature": temperature}
-    out = logprobs(logits.to(device), targets.to(device), backend=backend, **given_)
+    at = place(backend, device)
+    given_ = {"ref_logits": ref.to(at), "temperature": temperature}
+    out = logprobs(logits.to(at), targets.to(at), backend=backend, **given_)
     given_["ref_logits"] = ref.double()
     truth = logprobs(logits.double(), targets, backend="reference", **given_)
     size = float(logits.double().abs().max()) if logits.numel() else 0.0
@@ -82,22 +83,24 @@ def test_linear_policy_loss(device, backend, seed, n, d, v, loss, aggregation, c
     old = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     old = old + 0.1 * normal(generator, n)
 
-    def run(dtype, backend, place):
+    def run(dtype, backend):
+        where = place(backend, device)
+
         def at(x):
-            return x.to(dtype).to(place)
+            return x.to(dtype).to(where)
 
         leaves = [at(hidden).requires_grad_(), at(weight).requires_grad_(not shared)]
         out = linear_policy_loss(
-            *leaves, targets.to(place), at(old), at(advantages), mask.to(place), spec,
+            *leaves, targets.to(where), at(old), at(advantages), mask.to(where), spec,
             ref_hidden=at(ref_hidden), ref_weight=None if shared else at(ref_weight),
-            sequence_ids=(torch.arange(n) // 3).to(place), num_items=7, backend=backend,
+            sequence_ids=(torch.arange(n) // 3).to(where), num_items=7, backend=backend,
         )  # fmt: skip
         wanted = [x for x in leaves if x.requires_grad]
         found = [out.loss, *out.stats, *torch.autograd.grad(out.loss, wanted)]
         return [x.detach().cpu().double() for x in found]
 
-    truth = run(torch.float64, "reference", "cpu")
-    for got, true in zip(run(torch.float32, backend, device), truth, strict=True):
+    truth = run(torch.float64, "reference")
+    for got, true in zip(run(torch.float32, backend), truth, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
 
 
@@ -106,11 +109,12 @@ def test_linear_policy_loss(device, backend, seed, n, d, v, loss, aggregation, c
 @given(seeds, sizes, vocabularies, st.floats(-1e4, 1e4))
 def test_a_bias_on_all_logits_changes_nothing(device, backend, seed, n, v, shift):
     generator = torch.Generator().manual_seed(seed)
-    hidden = normal(generator, n, 4).float().to(device)
-    weight = normal(generator, v, 4).float().to(device)
-    targets = torch.randint(0, v, (n,), generator=generator).to(device)
+    at = place(backend, device)
+    hidden = normal(generator, n, 4).float().to(at)
+    weight = normal(generator, v, 4).float().to(at)
+    targets = torch.randint(0, v, (n,), generator=generator).to(at)
     alone = linear_logprobs(hidden, weight, targets, backend=backend)
-    bias = torch.full((v,), shift, device=device)
+    bias = torch.full((v,), shift, device=at)
     shifted = linear_logprobs(hidden, weight, targets, bias=bias, backend=backend)
     slack = 4e-6 * (1 + abs(shift))
     torch.testing.assert_close(alone.logprobs, shifted.logprobs, rtol=1e-5, atol=slack)
@@ -151,11 +155,9 @@ def test_sample(device, backend, seed, n, v, temperature):
     logits = normal(generator, n, v).float()
     logits[torch.rand(n, v, generator=generator) < 0.3] = -torch.inf
     logits[:, 0] = 0.0
-    place = "cpu" if backend == "reference" else device
-    draw = torch.Generator(place).manual_seed(seed)
-    tokens, found = sample(
-        logits.to(place), temperature=temperature, generator=draw, backend=backend
-    )
+    at = place(backend, device)
+    draw = torch.Generator(at).manual_seed(seed)
+    tokens, found = sample(logits.to(at), temperature=temperature, generator=draw, backend=backend)
     expected = (logits / temperature).log_softmax(-1).gather(-1, tokens.cpu()[:, None])[:, 0]
     assert expected.isfinite().all()
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
