@@ -5,9 +5,15 @@
     make gpu PART=tests/test_x.py one file of tests
     make gpu WHEELS=folder        packages that the machine lacks, as wheels
     make gpu RESULTS=folder       where the rows go; bench/results/ without it
+    FASTRLHF_COMMIT=1a2b3c4 make gpu   what rows say they were measured at, where git is not there
 
 Builds with the Python that has torch, without isolation and into build/gpu, so that nothing is
-installed. Every part keeps its rows; a package that is missing is named and left out.
+installed. Every part keeps its rows; a package that is missing is named and left out. Tests run in
+eight processes where pytest-xdist is there.
+
+With RESULTS=folder a part's file holds the rows of that run alone: into one folder the parts come
+together; from several, append the files of one device to each other (rows are lines) and put the
+whole into bench/results/. A row of the same group that stands further down is the later one.
 """
 
 import argparse
@@ -41,6 +47,7 @@ OPTIONAL = {
     "bitsandbytes": "8-bit rows, and the tests of quantised weights",
     "peft": "the trainer's tests",
     "transformers": "the trainer's tests",
+    "datasets": "the tests of TRL's trainers and of docs/integrations.md",
     "matplotlib": "plots",
 }
 
@@ -79,6 +86,17 @@ def build(wheels: str | None) -> None:
         if not has(name):
             print(f"make gpu: skipped: {what} ({name} is not installed)", flush=True)
     pip("--no-build-isolation", "--target", str(BUILD), str(ROOT))
+    reason = not_compiled()
+    if reason:
+        print(f"make gpu: skipped: the C++ kernels ({reason})", flush=True)
+
+
+def not_compiled() -> str | None:
+    """Why the children cannot load the C++ kernels; None where they can."""
+    command = [sys.executable, "-P", "-c", "import torch, fastrlhf_kernels._csrc"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return said[-1] if done.returncode else None
 
 
 def pytest(*words: str) -> int:
@@ -92,7 +110,11 @@ def tests(folder: Path) -> int:
     begun, stamped = time.perf_counter(), stamp("cuda")
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
-        status = pytest(str(ROOT / "tests"), "--junitxml", str(report), "-rs")
+        # A file that cannot be imported for want of a package is an error of its own.
+        options = ["--continue-on-collection-errors", "--junitxml", str(report)]
+        if has("xdist") and has("execnet"):
+            options += ["-n", "8"]
+        status = pytest(str(ROOT / "tests"), *options)
         counts = read_report(report) if report.exists() else {}
     row = stamped | {"bench": "tests", "status": status} | counts
     row["seconds"] = round(time.perf_counter() - begun, 1)
@@ -151,7 +173,7 @@ def main() -> int:
         begun = time.perf_counter()
         folder = arguments.results.resolve()
         if part.startswith("tests/"):
-            failed = pytest(part, "-rs")
+            failed = pytest(part)
         else:
             failed = tests(folder) if part == "tests" else measure(part, folder)
         print(f"make gpu: {part}: {time.perf_counter() - begun:.0f} s", flush=True)

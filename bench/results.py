@@ -34,13 +34,26 @@ def cpu_name() -> str:
 PEERS = ("triton", "trl", "liger-kernel", "bitsandbytes")
 
 
+MEASURED = ("kernels", "csrc", "fastrlhf", "bench/*.py")
+"""what a row's commit stands for"""
+
+
+def commit() -> str:
+    """$FASTRLHF_COMMIT, or that of this checkout, "-dirty" where its sources differ from it."""
+    given = os.environ.get("FASTRLHF_COMMIT")
+    if given or not shutil.which("git"):
+        return given or "unknown"
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
+    differs = git("diff", "--quiet", "HEAD", "--", *MEASURED).returncode == 1
+    return f"{head}{'-dirty' * differs}" if head else "unknown"
+
+
 def stamp(device: str = "cpu") -> dict[str, Any]:
     """What a row was measured on and with."""
-    commit = None
-    if shutil.which("git"):
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
     versions = {}
     for package in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -51,7 +64,7 @@ def stamp(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         **versions,
         "threads": torch.get_num_threads(),
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
 
 

@@ -236,3 +236,36 @@ def test_a_report_of_tests_is_counted(tmp_path):
     assert load("gpu").read_report(tmp_path / "report.xml") == {
         "passed": 1, "failed": ["a::y"], "skipped": {"a::z": "why"},
     }  # fmt: skip
+
+
+def test_a_row_names_its_commit(monkeypatch, tmp_path):
+    results = load("results")
+    monkeypatch.setenv("FASTRLHF_COMMIT", "1a2b3c4")
+    assert results.stamp()["commit"] == "1a2b3c4"
+    monkeypatch.delenv("FASTRLHF_COMMIT")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert results.commit() == "unknown"
+    (tmp_path / "bench").mkdir()
+    source, page = tmp_path / "bench" / "plan.py", tmp_path / "README.md"
+
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    for path in (source, page):
+        path.write_text("before")
+    for words in ("init", "add .", "commit -m x"):
+        git(*words.split())
+    page.write_text("after")
+    clean = results.commit()
+    assert clean != "unknown" and "dirty" not in clean
+    source.write_text("after")
+    assert results.commit() == f"{clean}-dirty"
+
+
+def test_the_build_is_looked_at(monkeypatch, tmp_path):
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu, "environment", lambda: {"PYTHONPATH": str(tmp_path)})
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    assert "no torch here" in gpu.not_compiled()
