@@ -153,12 +153,26 @@ def test_no_time_for_a_wrong_result_and_a_name_for_what_is_missing():
     right = measure.Problem({"eager": sleeping(0), "trl": absent, "read": sleeping(0)}, {"read": 1})
     measured = measure.measure(Benchmark(), right, frozenset(), "cpu", 0.1)
     assert measured.skipped == {"trl": "trl is not installed"}
-    wrong = replace(right, calls={**right.calls, "trl": sleeping(0, 1.1)})
-    with pytest.raises(AssertionError, match=r"trl is 1\.0e-01 from eager"):
-        measure.measure(Benchmark(), wrong, frozenset(), "cpu", 0.1)
-    ours = replace(right, calls={**right.calls, "cpu": broken})
+    assert min(len(times) for times in measured.seconds.values()) >= 5
+
+    def run(name, make):
+        problem = replace(right, calls={**right.calls, name: make})
+        return measure.measure(Benchmark(), problem, frozenset(), "cpu", 0.1)
+
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for value in (1.1, float("nan")):
+        peer = run("trl", sleeping(0, value))
+        assert "from eager, allowed is 1e-03" in peer.skipped["trl"]
+        assert set(peer.seconds) == {"eager", "read"} == set(peer.error)
+        with pytest.raises(AssertionError, match=r"cpu is .* from eager"):
+            run("cpu", sleeping(0, value))
     with pytest.raises(RuntimeError, match="a bug of ours"):
-        measure.measure(Benchmark(), ours, frozenset(), "cpu", 0.1)
+        run("cpu", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("triton", exhausted)
+    assert "out of memory" in run("reference", exhausted).skipped["reference"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
