@@ -144,6 +144,8 @@ float block_cross(const float* x, float x_base, const float* y, float y_base, st
 FASTRLHF_CLONES
 void block_gradient(float* z, const float* ref, std::int64_t n, const GradientRow& row) {
   const GradientRow r = row;
+  // KL(ref||policy) allows a reference of -inf.
+  const bool is_forward = r.on_ref_logprob != 0.0f;
   if (!ref) {
 #pragma omp simd
     for (std::int64_t j = 0; j < n; ++j) {
@@ -161,7 +163,8 @@ void block_gradient(float* z, const float* ref, std::int64_t n, const GradientRo
     const float ref_logprob = (ref[j] - r.ref_max) - r.ref_log_sum;
     const float p = exp_small(logprob), ref_p = exp_small(ref_logprob);
     const float slope = z[j] * r.cap_slope;
-    const float own = p * (r.constant + r.on_logprob * logprob + r.on_ref_logprob * ref_logprob);
+    const float on_ref = is_forward ? r.on_ref_logprob * ref_logprob : 0.0f;
+    const float own = p * (r.constant + r.on_logprob * logprob + on_ref);
     const float shown = (p == 0.0f ? 0.0f : own) + r.reverse * (p - ref_p);
     const float value = shown * r.scale * (1.0f - slope * slope);
     // A column that does not exist has no gradient, whatever the reference says of it.

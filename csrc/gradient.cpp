@@ -20,9 +20,10 @@ GradientRow gradient_row(const TableRow& t, const float* coefficients, bool is_r
                          float scale, float cap_slope) {
   const float a = coefficients[0], b = coefficients[1], c = coefficients[2];
   const float forward = is_reverse ? 0.0f : c, reverse = is_reverse ? c : 0.0f;
+  // A KL that the loss does not use may be infinite.
+  const float on_kl = forward != 0.0f ? forward * t.kl : 0.0f;
   return {t.max, t.log_sum, t.ref_max, t.ref_log_sum,
-          -a - b * t.entropy - forward * t.kl, forward - b, -forward, reverse,
-          scale, cap_slope};
+          -a - b * t.entropy - on_kl, forward - b, -forward, reverse, scale, cap_slope};
 }
 
 // What the target's column has beyond the others. A call of its own: where it is added, a fused

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from fastrlhf_kernels import _cpu, linear_logprobs, logprobs
+from fastrlhf_kernels import (
+    PolicyLossSpec,
+    _cpu,
+    linear_logprobs,
+    linear_policy_loss,
+    logprobs,
+)
 
 pytestmark = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
 
@@ -124,3 +130,43 @@ def test_the_logits_gradient_where_the_target_does_not_exist(dtype):
         grads.append(torch.autograd.grad((out.logprobs + out.entropy + out.kl).sum(), leaf)[0])
     assert all(x.isfinite().all() for x in grads)
     torch.testing.assert_close(*grads, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_an_infinite_kl_that_no_loss_uses(direction):
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = torch.randn(2, 3, 1003, generator=generator)
+    targets, grads = torch.tensor([0, 5, 1002]), []
+    ref_logits[:, 7] = -torch.inf
+    for backend in ("reference", "cpu"):
+        leaf = logits.clone().requires_grad_()
+        out = logprobs(
+            leaf, targets, ref_logits=ref_logits, kl_direction=direction, backend=backend
+        )
+        loss = out.logprobs.sum()
+        if direction == "forward":
+            assert out.kl.isinf().all()
+        else:
+            loss = loss + out.kl.sum()  # finite: the reference never picks the column
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+        assert grads[-1].isfinite().all()
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_head_whose_infinite_kl_no_loss_uses(head_problem, direction):
+    p, grads = head_problem().to(torch.float32), []
+    ref_bias = p.ref_bias.index_fill(0, torch.tensor([7]), -torch.inf)
+    spec = PolicyLossSpec(kl_coef=0.0 if direction == "forward" else 0.1, cliprange_high=9.0)
+    for backend in ("reference", "cpu"):
+        leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+        out = linear_policy_loss(
+            *leaves[:2], p.targets, p.old_logprobs, p.advantages, p.mask, spec, bias=leaves[2],
+            ref_hidden=p.ref_hidden, ref_weight=p.ref_weight, ref_bias=ref_bias,
+            kl_direction=direction, backend=backend,
+        )  # fmt: skip
+        assert out.loss.isfinite() and out.stats.kl.isinf() == (direction == "forward")
+        grads.append(torch.autograd.grad(out.loss, leaves))
+    for x, y in zip(*grads, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6)
