@@ -56,8 +56,11 @@ FASTRLHF_INLINE TokenLoss token_loss(const PolicySpec& spec, double logprob, dou
   const double bound = raised > spec.high ? spec.high : raised;
   if (kLoss == Loss::kCispo) return {-bound * advantage * logprob, -bound * advantage};
   if (kLoss == Loss::kPpoKl) {
-    const double penalty = spec.old_kl_coef * (ratio - 1.0 - log_ratio);
-    return {penalty - ratio * advantage, spec.old_kl_coef * (ratio - 1.0) - ratio * advantage};
+    // A coefficient of 0 leaves out what may be infinite.
+    const bool is_on = spec.old_kl_coef != 0.0;
+    const double penalty = is_on ? spec.old_kl_coef * (ratio - 1.0 - log_ratio) : 0.0;
+    const double pull = is_on ? spec.old_kl_coef * (ratio - 1.0) : 0.0;
+    return {penalty - ratio * advantage, pull - ratio * advantage};
   }
   const bool beyond = (advantage < 0.0) & (ratio > spec.dual_clip);
   const double fixed = beyond ? spec.dual_clip : bound;
@@ -134,8 +137,8 @@ FASTRLHF_INLINE void policy_block(PolicyBlock& b, std::int64_t n, const PolicySp
     const double entropy = b.entropy[j], kl = b.kl[j];
     token.loss -= on_entropy ? spec.entropy_coef * entropy : 0.0;
     token.loss += on_kl ? spec.kl_coef * kl : 0.0;
-    token.loss += on_estimate * b.estimate[j];
-    token.slope += on_estimate * b.estimate_slope[j];
+    token.loss += on_estimate != 0.0 ? on_estimate * b.estimate[j] : 0.0;
+    token.slope += on_estimate != 0.0 ? on_estimate * b.estimate_slope[j] : 0.0;
     loss += weight * token.loss;
     approx_kl += weight * (b.token_ratio[j] - 1.0 - gap);
     clips += clipped ? weight : 0.0;

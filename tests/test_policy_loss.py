@@ -297,6 +297,26 @@ def test_no_valid_row_and_a_ratio_that_overflows(backend):
 
 
 @needs_csrc
+@pytest.mark.parametrize("spec", [
+    PolicyLossSpec(kl_estimator="k2"), PolicyLossSpec(kl_estimator="k3"),
+    PolicyLossSpec(loss="ppo_kl"),
+])  # fmt: skip
+def test_a_coefficient_of_0_leaves_an_infinity_out(spec):
+    old, mask = torch.tensor([-1.0, -2.0, -3.0]), torch.ones(3, dtype=torch.bool)
+    advantages, found = torch.tensor([0.5, -1.0, 2.0]), []
+    logprobs, ref = torch.tensor([-1.1, -2.2, -2.9]), torch.tensor([-1.0, -torch.inf, -3.0])
+    if spec.loss == "ppo_kl":
+        logprobs, ref = logprobs.index_fill(0, torch.tensor([2]), -torch.inf), None
+    for backend in ("reference", "cpu"):
+        leaf = logprobs.clone().requires_grad_()
+        out = policy_loss(leaf, old, advantages, mask, spec, ref_logprobs=ref, backend=backend)
+        found.append((out.loss, *torch.autograd.grad(out.loss, leaf)))
+        assert all(x.isfinite().all() for x in found[-1])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@needs_csrc
 def test_under_torch_compile_it_is_plain_torch():
     def loss(x):
         y = torch.zeros(40)
