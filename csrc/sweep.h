@@ -14,7 +14,8 @@ constexpr std::int64_t kSweep = 256;
 
 FASTRLHF_INLINE float kept(float x, std::uint8_t used) {
   // As integers: the compiler would branch on a choice between floats.
-  return as_float(as_bits(x) & (0u - static_cast<std::uint32_t>(used)));
+  // A bool that was bytes once may hold any of them.
+  return as_float(as_bits(x) & (used ? ~0u : 0u));
 }
 
 // The sums of all chunks, in their order.

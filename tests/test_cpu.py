@@ -9,6 +9,9 @@ from fastrlhf_kernels import (
     linear_logprobs,
     linear_policy_loss,
     logprobs,
+    policy_loss,
+    value_loss,
+    whiten,
 )
 
 pytestmark = pytest.mark.skipif(not _cpu.available(), reason="built without a C++ compiler")
@@ -170,3 +173,21 @@ def test_a_head_whose_infinite_kl_no_loss_uses(head_problem, direction):
     for x, y in zip(*grads, strict=True):
         assert x.isfinite().all()
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_of_any_bytes():
+    x, old, advantages = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
+    odd = (torch.arange(70) % 3 * 2).to(torch.uint8).view(torch.bool)
+    spec, found = PolicyLossSpec(cliprange_high=9.0), []
+    for mask in (odd, torch.arange(70) % 3 != 0):
+        leaf = x.clone().requires_grad_()
+        losses = (
+            policy_loss(leaf, old, advantages, mask, spec, num_items=46, backend="cpu").loss,
+            value_loss(
+                leaf, old, advantages, mask, cliprange_value=0.2, num_items=46, backend="cpu"
+            ).loss,
+        )
+        grads = [torch.autograd.grad(loss, leaf)[0] for loss in losses]
+        found.append((*losses, *grads, whiten(x, mask, backend="cpu")))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
