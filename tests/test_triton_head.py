@@ -329,6 +329,10 @@ def test_float32_product(device, dtype):
     torch.testing.assert_close(out, a.float().t() @ b.float())
     float32_product(a, b, out=out, accumulate=True)
     torch.testing.assert_close(out, a.float().t() @ b.float() + expected)
+    float32_product(a, b, out=out, alpha=0.5)
+    torch.testing.assert_close(out, 0.5 * expected)
+    float32_product(a, b, out=out, accumulate=True, alpha=-0.5)
+    assert out.eq(0).all()
 
 
 @pytest.mark.parametrize("target", _triton.TARGETS)

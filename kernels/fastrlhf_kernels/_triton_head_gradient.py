@@ -113,9 +113,14 @@ def _head_gradient(
 
 
 def float32_product(
-    a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool = False
+    a: Tensor,
+    b: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """`out (+)= a.float() @ b.float()` of [m, k] and [k, n] of one dtype; returns out [m, n].
+    """`out (+)= alpha * (a.float() @ b.float())` of one dtype; returns out [m, n].
 
     16-bit operands on a GPU go into the product as they are and are summed and kept in float32.
     out: float32, allocated where it is None; accumulate adds to it.
@@ -125,11 +130,15 @@ def float32_product(
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     if a.dtype != torch.float32 and a.device.type == "cpu":
         a, b = a.float(), b.float()
-    if a.dtype == torch.float32:
-        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    if accumulate and a.dtype == torch.float32:
+        return torch.addmm(out, a, b, alpha=alpha, out=out)
     if accumulate:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out if alpha == 1.0 else out.mul_(alpha)
 
 
 def head_gradients(

@@ -5,9 +5,12 @@ of its tokens and their three derivatives; the gradient of the logits, of the ro
 side by side in the type of the hidden states; then the products with it. No tensor of the
 vocabulary's width has more rows than a chunk. Formulas: docs/math.md, sections 1 to 3.
 
-How many rows have a signal is known on the GPU first: one synchronisation a chunk.
+How many rows have a signal is known on the GPU first: one synchronisation a chunk, and with fp16
+operands one more, for the largest derivative: the gradient of the logits is scaled by it, so that
+it does not vanish in fp16, and the products are scaled back.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +107,16 @@ def _coefficients(tokens: Any, table: Tensor, span: slice) -> Tensor:
     )[0]  # fmt: skip
 
 
+def _scale(coefficients: Tensor) -> float:
+    """The power of two that brings the largest coefficient to between 2^7 and 2^8.
+
+    fp16 ends at 2^16 and, with few bits left, at 2^−24: a gradient over the number of tokens times
+    a probability is soon less. What multiplies a coefficient is rarely above 2^8.
+    """
+    exponent = math.frexp(float(coefficients.abs().amax()))[1]
+    return 2.0 ** min(8 - exponent, 120)
+
+
 def loss_in_forward(
     inputs: HeadInputs,
     rows: Tensor,
@@ -142,8 +155,10 @@ def loss_in_forward(
         slots = torch.full_like(chunk, -1)
         slots[active] = torch.arange(active.numel(), device=rows.device)
         gradient = chunks.gradient[: active.numel()]
-        row_gradient(*given, temperature, part, coefficients, slots, gradient, **transform)
-        _accumulate(gradients, gradient, chunks.weight, hidden[active], chunk[active])
+        scale = _scale(coefficients) if chunks.dtype == torch.float16 else 1.0
+        scaled = coefficients if scale == 1.0 else coefficients * scale
+        row_gradient(*given, temperature, part, scaled, slots, gradient, **transform)
+        _accumulate(gradients, gradient, chunks.weight, hidden[active], chunk[active], 1 / scale)
     return table, tuple(gradients)
 
 
@@ -153,14 +168,15 @@ def _accumulate(
     weight: Tensor | None,
     hidden: Tensor,
     rows: Tensor,
+    alpha: float,
 ) -> None:
-    """Add what the gradient of a chunk's logits [m, V] gives hidden [N, D], weight and bias."""
+    """Add what alpha times the gradient of a chunk's logits [m, V] gives the three."""
     on_hidden, on_weight, on_bias = gradients
     assert weight is not None
     if on_hidden is not None:
-        on_hidden.index_copy_(0, rows, float32_product(gradient, weight))
+        on_hidden.index_copy_(0, rows, float32_product(gradient, weight, alpha=alpha))
     if on_weight is not None:
         out = on_weight[: gradient.shape[1]]
-        float32_product(gradient.t(), hidden, out=out, accumulate=True)
+        float32_product(gradient.t(), hidden, out=out, accumulate=True, alpha=alpha)
     if on_bias is not None:
-        on_bias[: gradient.shape[1]] += gradient.sum(0, dtype=torch.float32)
+        on_bias[: gradient.shape[1]].add_(gradient.sum(0, dtype=torch.float32), alpha=alpha)
