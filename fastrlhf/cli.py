@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from .config import describe_settings, load_config
@@ -49,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.verb == "xray":
-        return show_kernels(rest)
     warnings.showwarning = show_warning
     # What follows is for the authors of the packages that we build on, not for who trains.
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if arguments.verb == "xray":
+            return show_kernels(rest)
         if arguments.verb == "bench":
             return run_bench(arguments.checkout, rest)
         return train_ppo(arguments.config, overrides(rest), started)
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("fastrlhf: interrupted; what was written is in the run's folder", file=sys.stderr)
+        kept = "; what was written is in the run's folder" if arguments.verb == "ppo" else ""
+        print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
         return 130
 
 
@@ -124,9 +126,13 @@ def run_bench(checkout: str | None, options: Sequence[str]) -> int:
     if not roots:
         raise UserError(
             f"no benchmarks in {' or '.join(str(place) for place in places)}: they are in the "
-            "source, not in the installed package. Get the source of fastrlhf (its repository, or "
-            "pip download --no-deps --no-binary fastrlhf fastrlhf) and name its folder: "
+            "source, not in the installed package. Get the source of fastrlhf and name its folder: "
             "fastrlhf bench --checkout PATH"
+        )
+    if not (find_spec("pytest") and find_spec("pytest_benchmark")):
+        raise UserError(
+            "fastrlhf bench needs pytest and pytest-benchmark; "
+            "run: pip install pytest pytest-benchmark"
         )
     # -P keeps the current folder off Python's path, where kernels/ would pass for a package.
     command = [sys.executable, "-P", "-m", "pytest", str(roots[0] / "bench"), "--benchmark-quiet"]

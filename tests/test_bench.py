@@ -1,6 +1,6 @@
 """The benchmarks run, say what they should, and turn into tables."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrlhf import cli
 from fastrlhf.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -222,11 +223,19 @@ def test_names_that_do_not_exist(words, message):
         plan.select("cpu", ops=ops, shapes=shapes)
 
 
-def test_the_command_line(capfd, tmp_path):
+def test_the_command_line(capfd, tmp_path, monkeypatch):
     assert main(["bench", "--op", "logprob"]) == 2
     assert "did you mean 'logprobs'" in capfd.readouterr().err
     assert main(["bench", "--checkout", str(tmp_path)]) == 2
-    assert "they are in the source, not in the installed package" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "they are in the source, not in the installed package" in said
+    assert "Get the source of fastrlhf and name its folder: fastrlhf bench --checkout PATH" in said
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        cli, "find_spec", lambda name: None if name == "pytest_benchmark" else find_spec(name)
+    )
+    assert main(["bench", "--quick"]) == 2
+    assert "run: pip install pytest pytest-benchmark" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")

@@ -32,6 +32,7 @@ LOOKS = {
     "shared": "--json --kernel wide* --target sm_86",
     "narrow": "--kernel narrow* --kernel broken* --target sm_90",
     "exact": "--json --kernel exact* --target sm_120",
+    "unsaid": "--json --kernel unsaid* --target sm_80",
 }
 SCRIPT = """
 import contextlib, io, json, sys
@@ -104,6 +105,21 @@ def test_a_product_without_matrix_instructions_is_found(looks):
     assert len(said) == 1 and "without matrix instructions" in said[0]
 
 
+def test_a_product_is_one_whatever_its_variant_says(looks):
+    status, rows, said = looks["unsaid"]
+    assert status == 1 and rows[0]["matrix_instructions"] > 0
+    assert "tiles of 64 × 64" in said[-1]
+
+
+def test_an_interrupt_is_a_line(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(xray, "main", interrupted)
+    assert fastrlhf(["xray"]) == 130
+    assert capsys.readouterr().err == "fastrlhf: interrupted\n"
+
+
 def row_of(target: str, **changes) -> xray.Row:
     row = xray.Row("product", "", "bf16", target, "3.9.0", 128, 0, 65536, 8, 0.25)
     return row._replace(**changes)
@@ -122,6 +138,9 @@ def test_rules(target):
     small = broken(good, instructions=["QGMMA"], tiles=[(128, 256), (128, 64)])
     assert len(small) == (target not in ("sm_120", "gfx942"))
     assert broken(good, instructions=["QGMMA"], tiles=[(128, 64)], least=64) == []
+    (unread,) = broken(good, instructions=["HGMMA"], tiles=[])
+    assert "without a tile that could be read" in unread
+    assert broken(good, instructions=[], tiles=[], matrix=False) == []
     assert len(broken(good, instructions=["HGMMA"], columns=513)) == 1
     limit = LIMITS[target].shared_block
     assert broken(row_of(target, shared_bytes=limit), instructions=["HGMMA"]) == []

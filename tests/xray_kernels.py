@@ -71,4 +71,5 @@ def variants(target: str) -> Iterator[Variant]:
     yield product("wide_product", 128, 128, 256, 8, 3)
     yield product("narrow_product", 64, 64, 32, 2, 2)
     yield product("exact_product", 32, 32, 16, 4, 2, "fp32")
+    yield product("unsaid_product", 64, 64, 32, 4, 2)._replace(matrix=False)
     yield product("broken_product", 48, 64, 32, 4, 2)

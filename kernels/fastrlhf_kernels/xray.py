@@ -14,13 +14,16 @@ Which arguments are multiples of 16 is for the variants to say (`Variant.divisib
 
 `--check` fails on a spill, on more shared memory than the target has, on a matrix product without
 matrix instructions (on sm_90: without wgmma), and on one in tiles below 128 × 128 on sm_80 to
-sm_100. Refuses to run under TRITON_INTERPRET, which compiles nothing.
+sm_100. What has a product in it is one, whatever its variant says. float32 heads with a reference
+use 128 × 64 on sm_90, where 128 × 128 spills (`Variant.smallest_tile`). Refuses to run under
+TRITON_INTERPRET, which compiles nothing.
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -181,7 +184,9 @@ def xray(task: Task) -> Compiled | str:
             tensor_columns=columns,
         ),
     )  # fmt: skip
-    tiles = [(int(m), int(n)) for m, n in DOT.findall(kernel.asm["ttir"])]
+    ttir = kernel.asm["ttir"]
+    tiles = [(int(m), int(n)) for m, n in DOT.findall(ttir)]
+    variant = variant._replace(matrix=variant.matrix or "tt.dot" in ttir)
     broken = list(violations(row, variant, instructions, tiles, columns))
     return Compiled(row, [f"{name} {what}" for what in broken])
 
@@ -207,6 +212,8 @@ def violations(
         yield "is a matrix product without matrix instructions"
     elif row.target == "sm_90" and not any(WARPGROUP.fullmatch(name) for name in instructions):
         yield f"is a matrix product without wgmma; it has {', '.join(instructions)}"
+    if not tiles:
+        yield "is a matrix product without a tile that could be read from Triton's code"
     rows, cols = variant.smallest_tile
     small = [f"{m} × {n}" for m, n in tiles if m < rows or n < cols]
     if small and row.target in TILED:
@@ -223,7 +230,9 @@ def every(tasks: Sequence[Task], jobs: int) -> Iterator[Compiled | str]:
         yield from track(map(xray, tasks), "compiling", **bar)  # type: ignore[arg-type]
         return
     # Forked, so that torch and Triton are imported once.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+    # Ctrl-C is for this process, which cancels what waits: no worker prints a traceback.
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), **deaf) as pool:  # type: ignore[call-overload]
         yield from track(pool.map(xray, tasks), "compiling", **bar)  # type: ignore[arg-type]
 
 
