@@ -6,13 +6,15 @@ trainers that exist already are patched too. The second symbol, `trl.trainer.uti
 says whether rows without a label are left out: TRL leaves them out on CUDA and XPU only, patched
 on a CPU too.
 
-Supports TRL 1.16.x, tried with 1.16.0; other versions are refused. Deviations from TRL's op:
-logits are float32 also where hidden states, weights or autocast are bfloat16 (TRL rounds them);
-`chunk_size` is not used, the workspace is ours; the head's gradient is summed in float32.
+Supports TRL 1.16.x (pip install '.[trl]'), tried with 1.16.0; other versions are refused.
+Deviations from TRL's op: logits are float32 also where hidden states, weights or autocast are
+bfloat16 (TRL rounds them); `chunk_size` is not used, the workspace is ours; the head's gradient is
+summed in float32.
 
-Not patched, because they do not use the op: DistillationTrainer (its own chunked divergence),
-RewardTrainer (no language-model head) and trl.experimental. DeepSpeed ZeRO-3 is refused: it takes
-the head's weight away between forward and backward.
+SFT with label smoothing or a `compute_loss_func` makes its loss from logits, which no op replaces;
+only the metrics run on ours. Not patched, because they do not use the op: DistillationTrainer (its
+own chunked divergence), RewardTrainer (no language-model head) and trl.experimental. DeepSpeed
+ZeRO-3 is refused: it takes the head's weight away between forward and backward.
 """
 
 from __future__ import annotations
