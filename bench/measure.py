@@ -44,7 +44,7 @@ class Problem:
     tolerance: float = 1e-3
     """relative RMS of each output"""
     gradient_mb: float = 0.0
-    """of the gradients among what a call returns"""
+    """of the gradients among what a call returns; "in place" writes its over the logits"""
     sizes: Mapping[str, int | None] = field(default_factory=dict)
     """N, D, V"""
 
@@ -197,7 +197,7 @@ def rows(group: Any, problem: Problem, measured: Measured) -> list[dict[str, Any
                 "median": median, "p20": percentile(times, 0.2), "p80": percentile(times, 0.8),
                 "rounds": len(times),
                 "peak_extra_mb": None if peak is None else round(peak, 1),
-                "gradient_mb": round(problem.gradient_mb, 1),
+                "gradient_mb": 0.0 if name == "in place" else round(problem.gradient_mb, 1),
                 "floor": floor,
                 "floor_is": " + ".join(f"{n:g} × {x}" for x, n in problem.floor.items()),
                 "ratio_to_floor": median / floor,

@@ -13,8 +13,9 @@ PLOT = ROOT / "docs" / "kernels.png"
 
 OURS = ("triton", "cpu", "reference")
 PEERS = {
-    "eager": "eager", "torch.compile": "torch.compile", "trl": "TRL", "liger": "Liger",
-    "bitsandbytes": "bitsandbytes", "reference": "our reference", "in place": "ours in place",
+    "eager": "eager", "eager fused": "eager fused", "torch.compile": "torch.compile",
+    "trl": "TRL", "liger": "Liger", "bitsandbytes": "bitsandbytes",
+    "reference": "our reference", "in place": "ours in place",
 }  # fmt: skip
 VERSIONS = ("torch", "triton", "trl", "liger-kernel", "bitsandbytes")
 ABSENT = "–"

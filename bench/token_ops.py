@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import peers
 import torch
-from measure import Call, Missing, Problem
+from measure import Call, Problem
 from plan import DTYPES, ROLLOUT, SHAPES, Group
 from torch import Tensor
 
-import fastrlhf_kernels
-from fastrlhf_kernels import PolicyLossSpec, gae, policy_loss, value_loss, whiten
+from fastrlhf_kernels import AdamW8bit, PolicyLossSpec, gae, policy_loss, value_loss, whiten
 
 OURS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 GAMMA, LAM, CLIP, CLIP_VALUE = 0.99, 0.95, 0.2, 0.2
@@ -137,22 +136,19 @@ def _optimizer(group: Group, device: str) -> Problem:
 
         return call
 
-    def ours() -> Call:
-        # Looked up by name: the optimizer is the op that a build may lack.
-        kind = getattr(fastrlhf_kernels, "AdamW8bit", None)
-        if kind is None:
-            raise Missing("fastrlhf_kernels has no AdamW8bit")
-        return step(lambda weights: kind(weights, lr=1e-3))
+    def eager(fused: bool) -> Call:
+        return step(lambda weights: torch.optim.AdamW(weights, lr=1e-3, fused=fused))
 
     def bitsandbytes() -> Call:
         peers.require("bitsandbytes")
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes import optim
 
-        return step(lambda weights: AdamW8bit(weights, lr=1e-3))
+        return step(lambda weights: optim.AdamW8bit(weights, lr=1e-3))
 
     calls: dict[str, Callable[[], Call]] = {
-        "eager": lambda: step(lambda weights: torch.optim.AdamW(weights, lr=1e-3)),
-        OURS[device][0]: ours,
+        "eager": lambda: eager(fused=False),
+        "eager fused": lambda: eager(fused=True),
+        OURS[device][0]: lambda: step(lambda weights: AdamW8bit(weights, lr=1e-3)),
         "bitsandbytes": bitsandbytes,
     }
     count = shape.intermediate * shape.hidden

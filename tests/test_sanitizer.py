@@ -11,7 +11,13 @@ import sys
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, linear_logprobs, linear_policy_loss, logprobs
+from fastrlhf_kernels import (
+    AdamW8bit,
+    PolicyLossSpec,
+    linear_logprobs,
+    linear_policy_loss,
+    logprobs,
+)
 
 if "ttsem" not in sys.modules:
     pytest.skip("runs under ttsem: make sanitize", allow_module_level=True)
@@ -155,9 +161,8 @@ def test_sample(device, dtype, top_k, top_p):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adamw8bit(device, dtype):
-    module = pytest.importorskip("fastrlhf_kernels.adamw8bit")
     weight = torch.nn.Parameter(torch.randn(3, 5000, device=device).to(dtype))
-    optimizer = module.AdamW8bit([weight], lr=1e-3, backend="triton")
+    optimizer = AdamW8bit([weight], lr=1e-3, backend="triton")
     for _ in range(2):
         weight.grad = torch.randn_like(weight)
         optimizer.step()
