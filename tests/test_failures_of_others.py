@@ -3,6 +3,7 @@
 Every test shows that what it guards against is visible at its sizes.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_the_head_gradient_is_summed_in_float32_over_chunks(
         one = probs[:, None] * hidden[row].double() / 64
         summed += one.bfloat16()
     theirs = relative_rms(summed, truth)
-    assert ours < 4e-3 < 2 * theirs, (ours, theirs)
+    assert ours < 4e-3 < theirs / 1.5, (ours, theirs)
 
 
 @every_backend
@@ -196,19 +197,55 @@ def test_no_kernel_is_autotuned_at_run_time():
         assert "autotune" not in path.read_text(), path.name
 
 
+CONSTANT = re.compile(r"(?:BLOCK|HAS)_[A-Z]+|BLOCK")
+STRUCTURE = {
+    # what a kernel computes
+    "ESTIMATOR", "HEAD", "LOSS", "NARROWED", "REFERENCE", "STOCHASTIC",
+    # how: alignment, accuracy, a dtype, the codes of 8-bit numbers
+    "ALIGNED", "CODED", "PRECISION", "SIGNED", "UNSIGNED", "UPCAST_DOT", "dtype",
+    # pieces of a block, and tiles that share a weight
+    "GROUP_M", "PARTS", "PIECES", "ROWS",
+}  # fmt: skip
+
+
+def recompiling(text: str) -> list[str]:
+    """The constants of kernels in `text` that could follow the data, as "kernel: argument"."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if not any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
+            continue
+        for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+            constant = x.annotation is not None and "constexpr" in ast.unparse(x.annotation)
+            if constant and not (CONSTANT.fullmatch(x.arg) or x.arg in STRUCTURE):
+                found.append(f"{node.name}: {x.arg}")
+    return found
+
+
 def test_what_changes_during_a_run_does_not_recompile():
-    """Liger compiled anew for each length. Arguments in lower case are not constants."""
-    kernels = re.compile(r"@triton\.jit[^\n]*\ndef (\w+)\((.*?)\):\n", re.S)
-    seen = 0
-    for path in SOURCE.glob("_triton*.py"):
-        for _, arguments in kernels.findall(path.read_text()):
-            for name in re.findall(r"(\w+): tl\.constexpr", arguments):
-                seen += 1
-                assert name.isupper() or name == "dtype", f"{path.name}: {name}"
-    assert seen
+    """Liger compiled anew for each length."""
+    text = "".join(path.read_text() for path in sorted(SOURCE.glob("_triton*.py")))
+    assert recompiling(text) == []
+    for length in ("T", "LENGTH", "N", "num_items", "BLOCKS"):
+        for decorator in ("triton.jit", "triton.jit(do_not_specialize=['n'])"):
+            seeded = f"@{decorator}\ndef rows(x_ptr, {length}: tl.constexpr) -> int:\n    pass\n"
+            assert recompiling(text + seeded) == [f"rows: {length}"]
+    for name in STRUCTURE:
+        assert f"{name}: tl.constexpr" in text, f"no kernel has {name} any more"
+
+
+def second_dimension(text: str) -> list[str]:
+    """The calls in `text` that ask for another grid dimension than the first."""
+    calls = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Call)]
+    grid = [x for x in calls if re.search(r"\b(program_id|num_programs)$", ast.unparse(x.func))]
+    asked = {x: [*x.args, *(k.value for k in x.keywords)] for x in grid}
+    return [ast.unparse(x) for x, axis in asked.items() if [ast.unparse(y) for y in axis] != ["0"]]
 
 
 def test_grids_may_pass_65535():
     """Liger's grid had the length in its second dimension, which ends at 65,535."""
     for path in SOURCE.glob("_triton*.py"):
-        assert "program_id(1)" not in path.read_text().replace("axis=1", "1"), path.name
+        assert second_dimension(path.read_text()) == [], path.name
+    for call in ("program_id(1)", "program_id(axis=2)", "num_programs(1)", "program_id(AXIS)"):
+        assert second_dimension(f"n = tl.{call}") == [f"tl.{call}"]
