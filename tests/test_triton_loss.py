@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrlhf_kernels import PolicyLossSpec, linear_policy_loss
+from fastrlhf_kernels.audit import forbid_vocab_tensors
 
 pytest.importorskip("triton")
 
@@ -57,3 +58,27 @@ def test_fp16_keeps_gradients_that_are_too_small_for_it(head_problem, relative_r
     # Where there is no signal there is nothing to scale.
     idle = replace(p, advantages=torch.zeros_like(p.advantages))
     assert all(x.eq(0).all() for x in run(idle, device, **options)[2])
+
+
+def test_a_head_of_another_dtype_is_raised_in_slices(head_problem, device):
+    p = head_problem(9, 256, 1003, scale=0.1).to(torch.float32)
+    p = replace(p, weight=p.weight.bfloat16(), ref_weight=p.ref_weight.half())
+    raised = replace(p, weight=p.weight.float(), ref_weight=p.ref_weight.float())
+    size = 2**17
+    assert size < 4 * p.weight.numel() / 4
+    separate = {"ref_hidden": p.ref_hidden, "ref_weight": p.ref_weight, "ref_bias": p.ref_bias}
+    options = {name: x.to(device) for name, x in separate.items()}
+    for given in (options, {"ref_hidden": options["ref_hidden"]}, {}):
+        given = {**given, "workspace_mb": size / 2**20}
+        with forbid_vocab_tensors(size, vocab_sizes={1003}) as seen:
+            loss, _, (gradient,) = run(p, device, requires=("hidden",), **given)
+        assert seen.largest_bytes > 0
+        if "ref_weight" in given:
+            given["ref_weight"] = given["ref_weight"].float()
+        expected_loss, _, (expected,) = run(raised, device, requires=("hidden",), **given)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    # A head that is trained has its gradient in its own dtype.
+    own, expected = run(p, device, **given)[2][1], run(raised, device, **given)[2][1]
+    assert own.dtype == torch.bfloat16
+    torch.testing.assert_close(own.float(), expected, rtol=2**-8, atol=1e-6)

@@ -3,11 +3,17 @@
 A chunk of rows: the product with the head, by the library, into float32; its statistics; the loss
 of its tokens and their three derivatives; the gradient of the logits, of the rows that have one,
 side by side in the type of the hidden states; then the products with it. No tensor of the
-vocabulary's width has more rows than a chunk. Formulas: docs/math.md, sections 1 to 3.
+vocabulary's width has more rows than a chunk. Where the dtypes differ all is done in float32, and a
+head that is not is raised to it a slice at a time, anew in every chunk. Formulas: docs/math.md,
+sections 1 to 3.
 
 How many rows have a signal is known on the GPU first: one synchronisation a chunk, and with fp16
 operands one more, for the largest derivative: the gradient of the logits is scaled by it, so that
 it does not vanish in fp16, and the products are scaled back.
+
+A known cost: each chunk adds to the whole gradient of a trained head, in float32, and with few rows
+that is more traffic than the products. The default workspace gives a vocabulary of 151,936 no more
+than 256 rows. With a trained head of 16 bits give a workspace_mb of about 6·V·1000 / 2^20.
 """
 
 import math
@@ -24,6 +30,8 @@ from ._triton_rows import row_statistics
 from ._triton_rows_gradient import row_gradient
 from ._triton_tokens import policy_coefficients
 
+RAISED_SHARE = 8
+"""a slice of a head that is raised to float32 takes at most one part in so many of the workspace"""
 ROWS = 128
 """a chunk has a multiple of this many rows where the workspace allows: a tile of the products"""
 
@@ -43,9 +51,11 @@ class _Chunks:
         self.bias, self.ref_bias = self._bias(inputs.bias), self._bias(inputs.ref_bias)
         if self.shared:
             self.ref_bias = self.bias
+        self.raised = self._room()
         width = 8 if self.has_reference else 4
         bytes_per_row = options.valid_vocab * (width + self.dtype.itemsize * grad)
-        step = max(1, options.workspace_bytes // bytes_per_row)
+        free = options.workspace_bytes - 4 * self.raised.numel()
+        step = max(1, free // bytes_per_row)
         self.step = step - step % ROWS if step > ROWS else step
         held = min(self.step, rows.numel())
         columns = options.valid_vocab
@@ -57,9 +67,30 @@ class _Chunks:
         self.gradient = empty(held * grad, self.dtype)
 
     def _head(self, weight: Tensor | None) -> Tensor | None:
-        return (
-            None if weight is None else weight.detach()[: self.options.valid_vocab].to(self.dtype)
-        )
+        return None if weight is None else weight.detach()[: self.options.valid_vocab]
+
+    def _room(self) -> Tensor:
+        """[columns, D] float32 for slices of heads that are not of the dtype to compute in."""
+        heads = [x for x in (self.weight, self.ref_weight) if x is not None]
+        size = max((x.shape[1] for x in heads if x.dtype != self.dtype), default=0)
+        columns = self.options.workspace_bytes // (RAISED_SHARE * 4 * max(1, size))
+        columns = min(self.options.valid_vocab, max(1, columns)) if size else 0
+        return heads[0].new_empty(columns, size, dtype=torch.float32)
+
+    def slices(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of the vocabulary and their weights, in the dtype to compute in."""
+        if weight.dtype == self.dtype:
+            yield slice(0, weight.shape[0]), weight
+            return
+        step, room = self.raised.shape[0], self.raised[:, : weight.shape[1]]
+        for start in range(0, weight.shape[0], step):
+            part = weight[start : start + step]
+            count = part.shape[0]
+            yield slice(start, start + count), room[:count].copy_(part)
+
+    def multiply(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        for columns, part in self.slices(weight):
+            float32_product(hidden, part.t(), out=out[:, columns])
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
         if bias is None:
@@ -81,16 +112,16 @@ class _Chunks:
         policy, reference = self.logits[:n], self.logits[n : 2 * n]
         assert self.weight is not None
         if not self.has_reference:
-            float32_product(hidden, self.weight.t(), out=policy)
+            self.multiply(hidden, self.weight, policy)
             return policy, None
         assert self.inputs.ref_hidden is not None and self.ref_weight is not None
         ref_hidden = self.inputs.ref_hidden.index_select(0, rows).to(self.dtype)
         if self.shared:
             both = torch.cat([hidden, ref_hidden])
-            float32_product(both, self.weight.t(), out=self.logits[: 2 * n])
+            self.multiply(both, self.weight, self.logits[: 2 * n])
         else:
-            float32_product(hidden, self.weight.t(), out=policy)
-            float32_product(ref_hidden, self.ref_weight.t(), out=reference)
+            self.multiply(hidden, self.weight, policy)
+            self.multiply(ref_hidden, self.ref_weight, reference)
         return policy, reference
 
 
@@ -158,23 +189,29 @@ def loss_in_forward(
         scale = _scale(coefficients) if chunks.dtype == torch.float16 else 1.0
         scaled = coefficients if scale == 1.0 else coefficients * scale
         row_gradient(*given, temperature, part, scaled, slots, gradient, **transform)
-        _accumulate(gradients, gradient, chunks.weight, hidden[active], chunk[active], 1 / scale)
+        _accumulate(gradients, gradient, chunks, hidden[active], chunk[active], 1 / scale)
     return table, tuple(gradients)
 
 
 def _accumulate(
     gradients: list[Tensor | None],
     gradient: Tensor,
-    weight: Tensor | None,
+    chunks: _Chunks,
     hidden: Tensor,
     rows: Tensor,
     alpha: float,
 ) -> None:
     """Add what alpha times the gradient of a chunk's logits [m, V] gives the three."""
     on_hidden, on_weight, on_bias = gradients
-    assert weight is not None
+    assert chunks.weight is not None
     if on_hidden is not None:
-        on_hidden.index_copy_(0, rows, float32_product(gradient, weight, alpha=alpha))
+        total: Tensor | None = None
+        for columns, part in chunks.slices(chunks.weight):
+            total = float32_product(
+                gradient[:, columns], part, out=total, accumulate=total is not None, alpha=alpha
+            )
+        assert total is not None
+        on_hidden.index_copy_(0, rows, total)
     if on_weight is not None:
         out = on_weight[: gradient.shape[1]]
         float32_product(gradient.t(), hidden, out=out, accumulate=True, alpha=alpha)
