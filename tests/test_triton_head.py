@@ -170,7 +170,7 @@ def test_sixteen_bit_operands_have_float32_logits(head, relative_rms, device):
     assert (picked - truth[0][0]).abs().max() > 2e-2
     # The gradient of the logits is rounded to the operands' dtype, as autograd's is.
     for got, true in zip(gradients, truth[1], strict=True):
-        assert got.dtype == torch.bfloat16 and relative_rms(got, true) < 2**-7
+        assert got.dtype == torch.bfloat16 and relative_rms(got, true) < 3e-3
 
 
 def test_the_bits_of_a_row_are_its_own(head, device):

@@ -29,6 +29,7 @@ from ._triton_head_tile import (
     tile_of,
     tile_signature,
 )  # fmt: skip
+from ._triton_logits import rounded
 
 
 @triton.jit(
@@ -109,7 +110,7 @@ def _head_gradient(
             g *= 1.0 - slope * slope
         mask = mask_m[:, None] & (start + offs < columns)[None, :]
         out = gradient_ptr + (row_offset[:, None] + offs[None, :])
-        tl.store(out, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, rounded(g, gradient_ptr.dtype.element_ty), mask=mask)
 
 
 def float32_product(
