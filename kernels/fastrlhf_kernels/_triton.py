@@ -99,18 +99,6 @@ def exp_and_moment(z, b):
 
 
 @triton.jit
-def merged(m, s, u, other_m, other_s, other_u):
-    """Max, sum of e and sum of e·(z − max) of two sets of columns, in this order."""
-    top = tl.maximum(m, other_m)
-    b = base(top)
-    factor, other_factor = tl.exp(m - b), tl.exp(other_m - b)
-    sums = s * factor + other_s * other_factor
-    moment = (u + s * (base(m) - b)) * factor
-    moment += (other_u + other_s * (base(other_m) - b)) * other_factor
-    return top, sums, moment
-
-
-@triton.jit
 def shifted_cross(g, s, m, ref_m, top, ref_top):
     """Σ e·((z − m) − (zʳ − mʳ)) moved to the maxima `top` and `ref_top` of a larger set."""
     shift = (base(m) - base(top)) - (base(ref_m) - base(ref_top))

@@ -283,7 +283,8 @@ def head_statistics(
     """The table [n, TABLE_COLUMNS] of `rows` [n], and with `extra` their [n, 3] of EXTRA_STATS.
 
     As many rows at a time as their partial sums fit options.workspace_bytes, at least one tile of
-    them; a row's bits do not depend on that. Rows that are not in `rows` are not read.
+    them; a row's bits do not depend on that. Rows that are not in `rows` are not read. is_top1 is 1
+    for every target whose logit ties exactly for the largest; elsewhere the first of them counts.
     """
     head = HeadLaunch("partials", inputs, options)
     count, tiles = rows.numel(), head.tiles
