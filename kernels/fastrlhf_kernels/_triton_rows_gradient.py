@@ -7,7 +7,6 @@ another program may not have read yet what lies there. Formulas: docs/math.md, s
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -181,7 +180,7 @@ def row_gradient(
     temperature: Tensor,
     table: Tensor,
     coefficients: Tensor,
-    slots: Tensor | None,
+    slots: Tensor,
     gradient: Tensor,
     *,
     logit_scale: float,
@@ -191,13 +190,10 @@ def row_gradient(
     """Write the gradient of a head's raw products [n, V] to rows slots[i] of gradient [m, V].
 
     table: of `row_statistics`. slots [n] int64: each at most once, and −1 for rows that have no
-    place; `gradient` is then memory of its own. None: row i to row i, which may be the logits.
+    place. `gradient` is memory of its own.
     """
     assert gradient.dim() == 2 and gradient.shape[1] == logits.shape[1]
-    if slots is None:
-        slots = torch.arange(targets.numel(), device=logits.device)
-    else:
-        assert gradient.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr()
+    assert gradient.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr()
     _launch(
         logits, ref_logits, targets, bias, ref_bias, temperature, table, coefficients,
         gradient, slots * gradient.stride(0),
