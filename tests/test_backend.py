@@ -13,6 +13,21 @@ LOGPROBS = {
     "width": (lambda p: {"weight": p.weight[:, 1:]}, r"weight \[1003, 15\]"),
     "bias": (lambda p: {"bias": p.bias[1:]}, r"bias \[1002\]"),
     "integers": (lambda p: {"targets": p.targets.int()}, "int64"),
+    "float8": (
+        lambda p: {"weight": p.weight.to(torch.float8_e4m3fn)}, r"weight \[1003, 16\] float8",
+    ),
+    "float8 hidden": (
+        lambda p: {"hidden": p.hidden.to(torch.float8_e5m2)}, r"hidden \[13, 16\] float8",
+    ),
+    "integer bias": (lambda p: {"bias": p.bias.int()}, r"bias \[1003\] int32"),
+    "float8 ref": (
+        lambda p: {"ref_hidden": p.hidden, "ref_weight": p.weight.to(torch.float8_e4m3fn)},
+        r"are float32.*ref_weight \[1003, 16\] float8",
+    ),
+    "integer ref bias": (
+        lambda p: {"ref_hidden": p.hidden, "ref_weight": p.weight, "ref_bias": p.bias.long()},
+        r"are float32.*ref_bias \[1003\] int64",
+    ),
     "too large": (lambda p: {"targets": p.targets * 0 + 1003}, r"1003 of row 0 is outside"),
     "negative": (lambda p: {"targets": p.targets * 0 - 1}, r"-1 of row 0"),
     "beyond valid": (lambda p: {"targets": p.targets * 0 + 950, "valid_vocab": 950}, r"\[0, 950\)"),

@@ -232,8 +232,12 @@ def check_head(
         raise ValueError(f"{op}: hidden is [..., D], targets [...], weight [V, D], got {shapes()}")
     if targets.dtype != torch.int64:
         raise ValueError(f"{op}: targets must be int64, got {shapes()}")
-    if not all(x.dtype.is_floating_point for x in (hidden, weight)):
-        raise ValueError(f"{op}: hidden and weight must be floating point, got {shapes()}")
+    given = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    if not all(x is None or x.dtype == torch.float64 or x.dtype in _cpu.TYPES for x in given):
+        raise ValueError(
+            f"{op}: hidden, weight and bias are float32, bfloat16, float16 or float64, those of "
+            f"the reference too, got {shapes()}"
+        )
     vocab = weight.shape[0]
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"{op}: bias is [V], got {shapes()}")
