@@ -281,7 +281,7 @@ def linear_policy_loss(
     `policy_loss`. Rows with mask False are never read. spec.kl_estimator "exact" needs ref_hidden;
     "k2" and "k3" take ref_logprobs, or find them from ref_hidden.
 
-    Differentiable in hidden, weight and bias, once on the `cpu` backend; only what requires a
+    Differentiable in hidden, weight and bias, once, except on `reference`; only what requires a
     gradient is worked on. Gradients are summed in float32. Raises ValueError, with the shapes, for
     what does not fit. Source: docs/math.md, sections 1 to 3.
     """

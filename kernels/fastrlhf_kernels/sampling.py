@@ -36,7 +36,8 @@ def sample(
     the whole distribution. Returns tokens [B] int64 and logprobs [B] float32, without gradient.
 
     Raises ValueError for another rank, temperature ≤ 0, top_k < 0, top_p outside (0, 1], and rows
-    without a finite entry or with NaN.
+    without a finite entry or with NaN; on a GPU: token −1 and log-probability 0 instead, without a
+    synchronisation.
     """
     op = "sample"
     if logits.dim() != 2 or not logits.dtype.is_floating_point or not logits.shape[1]:
