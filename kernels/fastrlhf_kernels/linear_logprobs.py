@@ -224,11 +224,11 @@ def linear_logprobs(
     ref_hidden: [..., D'] gives KL(policy‖reference), or KL(reference‖policy) with
     kl_direction="reverse". Its head is ref_weight [V, D'] and ref_bias, or weight and bias where
     ref_weight is None. The reference gets no gradient. Rows whose target is `ignore_index` are
-    never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" of the tempered
-    logits, without gradient (of equal maxima `is_top1` means the first; with `triton` each).
-    workspace_mb (by default 320) bounds what is held at a time: on `cpu` logits, where a call
-    without a reference uses half of it and one without a gradient a single tile; on `triton` partial
-    sums and slices of the gradient.
+    never read and give 0. stats: any of "mean_logits", "is_top1", "log_sum_sq_probs" of the
+    tempered logits, without gradient (of equal maxima `is_top1` means the first; with `triton`
+    each). workspace_mb (by default 320) bounds what is held at a time: on `cpu` logits, where a
+    call without a reference uses half of it and one without a gradient a single tile; on `triton`
+    partial sums and slices of the gradient.
 
     The `cpu` backend gives the same bits as linear_policy_loss for the same valid rows, in the same
     order, with the same workspace. Raises ValueError, with the shapes, for what does not fit.
