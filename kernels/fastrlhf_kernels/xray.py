@@ -14,8 +14,8 @@ Which arguments are multiples of 16 is for the variants to say (`Variant.divisib
 
 `--check` fails on a spill, on more shared memory than the target has, on a matrix product without
 matrix instructions (on sm_90: without wgmma), and on one in tiles below 128 × 128 on sm_80 to
-sm_100. What has a product in it is one, whatever its variant says. float32 heads with a reference
-use 128 × 64 on sm_90, where 128 × 128 spills (`Variant.smallest_tile`). Refuses to run under
+sm_100. What has a product in it is one, whatever its variant says. A variant
+may name a smaller tile where that one spills (`Variant.smallest_tile`). Refuses to run under
 TRITON_INTERPRET, which compiles nothing.
 """
 
