@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._records import EXTRA_STATS, TABLE_COLUMNS
+from ._records import EXTRA_STATS, TABLE_COLUMNS, row_offsets
 
 
 class MissingKernelsWarning(UserWarning):
@@ -174,14 +174,6 @@ def row_gradient(
     )  # fmt: skip
 
 
-def _row_offsets(x: Tensor) -> Tensor:
-    """Where each row of x [..., V] starts, in elements from its first; [N] for any strides."""
-    offsets = torch.zeros((), dtype=torch.int64, device=x.device)
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        offsets = offsets[..., None] + stride * torch.arange(size, device=x.device)
-    return offsets.reshape(-1)
-
-
 def _place(x: Tensor | None, offsets: Tensor) -> tuple[int, int, int]:
     if x is None:
         return 0, 0, 0
@@ -205,8 +197,8 @@ def logit_statistics(
     The logits are read where they lie, whatever the strides of their leading dimensions, and not
     changed; rows that are not used are not read.
     """
-    offsets = _row_offsets(logits)
-    ref_offsets = offsets if ref_logits is None else _row_offsets(ref_logits)
+    offsets = row_offsets(logits)
+    ref_offsets = offsets if ref_logits is None else row_offsets(ref_logits)
     rows = offsets.numel()
     assert ref_logits is None or ref_logits.shape == logits.shape
     _csrc.logit_statistics(
@@ -235,8 +227,8 @@ def logit_gradient(
     table: of `logit_statistics`. coefficients [N, 3]: ∂L/∂logprob, ∂L/∂entropy, ∂L/∂kl. Rows whose
     three are 0 are not read, and get zeros like the columns from `columns` on.
     """
-    offsets, gradient_offsets = _row_offsets(logits), _row_offsets(gradient)
-    ref_offsets = offsets if ref_logits is None else _row_offsets(ref_logits)
+    offsets, gradient_offsets = row_offsets(logits), row_offsets(gradient)
+    ref_offsets = offsets if ref_logits is None else row_offsets(ref_logits)
     rows = offsets.numel()
     assert gradient.shape == logits.shape and gradient.dtype == logits.dtype
     gradient_pointer, _, gradient_offsets_pointer = _place(gradient, gradient_offsets)
@@ -269,7 +261,7 @@ def sample_rows(
     rows, columns = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
     logprobs = torch.empty(rows, dtype=torch.float32, device="cpu")
-    offsets = _row_offsets(logits)
+    offsets = row_offsets(logits)
     _csrc.sample(
         *_place(logits, offsets), rows, columns, _pointer(temperature, torch.float32, (rows,)),
         _pointer(uniform, torch.float32, (rows,)), top_k, top_p,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 LOSSES = ("ppo_clip", "ppo_kl", "cispo", "gspo", "reinforce")
@@ -134,3 +135,11 @@ class LossOutput(NamedTuple, Generic[StatsT]):
     loss: Tensor
     """0-dim, differentiable"""
     stats: StatsT
+
+
+def row_offsets(x: Tensor) -> Tensor:
+    """Where each row of x [..., V] starts, in elements from its first; [N] for any strides."""
+    offsets = torch.zeros((), dtype=torch.int64, device=x.device)
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(size, device=x.device)
+    return offsets.reshape(-1)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._records import row_offsets
 from ._triton import INTERPRETED, Variant, tempered
 
 PART_COLUMNS = 16_384
@@ -98,14 +99,6 @@ def parts_of(columns: int, block: int) -> tuple[int, int]:
     parts = triton.cdiv(columns, PART_COLUMNS)
     blocks_a_part = triton.cdiv(blocks, parts)
     return triton.cdiv(blocks, blocks_a_part), blocks_a_part
-
-
-def row_offsets(x: Tensor) -> Tensor:
-    """Where each row of x [..., V] starts, in elements from its first; [N] for any strides."""
-    offsets = torch.zeros((), dtype=torch.int64, device=x.device)
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        offsets = offsets[..., None] + stride * torch.arange(size, device=x.device)
-    return offsets.reshape(-1)
 
 
 def is_aligned(x: Tensor) -> bool:
