@@ -80,29 +80,6 @@ BlockSums block_sums(const float* z, std::int64_t n, float base, float lowest) {
 }
 
 FASTRLHF_CLONES
-BlockSums block_sums_bfloat16(const std::uint16_t* half, std::int64_t n, float base) {
-  float largest = -kInfinity, s = 0.0f, u = 0.0f;
-  const std::int64_t pairs = n / 2;
-#pragma omp simd reduction(max : largest) reduction(+ : s, u)
-  for (std::int64_t j = 0; j < pairs; ++j) {
-    std::uint32_t pair;
-    std::memcpy(&pair, half + 2 * j, sizeof pair);
-    const float x = as_float(pair << 16), y = as_float(pair & 0xffff0000u);
-    const float higher = x > y ? x : y;
-    largest = higher > largest ? higher : largest;
-    const float dx = x - base, dy = y - base;
-    const float bounded_x = kLowest > dx ? kLowest : dx, bounded_y = kLowest > dy ? kLowest : dy;
-    const float ex = exp_term(bounded_x), ey = exp_term(bounded_y);
-    s += ex + ey;
-    u += ex * bounded_x + ey * bounded_y;
-  }
-  if (n % 2 == 0) return {largest, s, u};
-  const float last = from_bfloat16(half[n - 1]);
-  const BlockSums rest = block_sums(&last, 1, base, kLowest);
-  return {rest.max > largest ? rest.max : largest, s + rest.sum, u + rest.moment};
-}
-
-FASTRLHF_CLONES
 void block_extras(const float* z, std::int64_t n, float base, float* total, float* squares) {
   float t = 0.0f, q = 0.0f;
 #pragma omp simd reduction(+ : t, q)

@@ -13,6 +13,10 @@ namespace fastrlhf {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// How far a block's maximum may lie above what is subtracted: sums stay below 1e32 in float32.
+constexpr float kHeadroom = 60.0f;
+// Columns of bfloat16 per block.
+constexpr std::int64_t kWideBlock = 4 * kBlock;
 
 // Comparisons that a NaN fails, so that it stays visible.
 float at_most(double x, double bound) { return static_cast<float>(x > bound ? bound : x); }
@@ -145,22 +149,16 @@ void RunningSum::add(const BlockSums& block) {
   moment += weight * block.moment;
 }
 
-// sums: of a block, as a function of what to subtract.
-template <typename Sums>
-bool add_sums(RunningSum& running, const Sums& sums) {
-  // The maximum rises in few blocks: it is cheaper to sum those twice than to look at all first.
-  BlockSums block = sums(running.base());
-  const bool is_raised = block.max > running.max;
-  if (is_raised) {
-    running.raise(block.max);
-    block = sums(running.base());
-  }
-  running.add(block);
-  return is_raised;
-}
-
 bool RunningSum::add(const float* z, std::int64_t n) {
-  return add_sums(*this, [=](float base) { return block_sums(z, n, base); });
+  // The maximum rises in few blocks: it is cheaper to sum those twice than to look at all first.
+  BlockSums block = block_sums(z, n, base());
+  const bool is_raised = block.max > max;
+  if (is_raised) {
+    raise(block.max);
+    block = block_sums(z, n, base());
+  }
+  add(block);
+  return is_raised;
 }
 
 // The row as it lies: a word holds a pair with the first number below.
@@ -173,10 +171,15 @@ bool is_plain_bfloat16(const GivenRows& rows, std::int64_t i) {
 
 void add_bfloat16(RowState& state, const std::uint16_t* row, const GivenRows& rows,
                   std::int64_t target) {
-  for (std::int64_t start = 0; start < rows.columns; start += kBlock) {
-    const std::int64_t n = std::min(kBlock, rows.columns - start);
-    block_prefetch(row, Type::kBFloat16, start + 2 * kBlock, n);
-    add_sums(state.policy, [=](float base) { return block_sums_bfloat16(row + start, n, base); });
+  for (std::int64_t start = 0; start < rows.columns; start += kWideBlock) {
+    const std::int64_t n = std::min(kWideBlock, rows.columns - start);
+    RunningSum& running = state.policy;
+    const BlockSums block = block_sums_bfloat16(row + start, n, running.base());
+    // A block that subtracted less than its maximum is right unless its sum came near overflow.
+    const bool is_right = !(block.max - running.max > kHeadroom);
+    if (is_right) running.add(block);
+    running.raise(block.max);
+    if (!is_right) running.add(block_sums_bfloat16(row + start, n, running.base()));
   }
   state.target_logit = RowReader(row, Type::kBFloat16, 1.0f).at(target);
 }
