@@ -53,6 +53,9 @@ class PPOConfig:
     """Passes over each rollout."""
     microbatch_tokens: int = 512
     """Prompt and response tokens in one forward and backward; at least one sequence."""
+    microbatching: Literal["sorted", "packed", "in_order"] = "sorted"
+    """How a minibatch is cut: sequences of like length together, each microbatch padded to its own
+    longest; without padding at all, one behind the other; or as they come, all padded alike."""
     workspace_mb: int = 48
     """Megabytes that the head's fused loss may use for logits."""
 
@@ -75,6 +78,14 @@ class PPOConfig:
     """Gradients are scaled down to this norm."""
     adam_eps: float = 1e-5
     """Adam's epsilon."""
+    optim: Literal["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch"] = "adamw_8bit"
+    """`adamw_8bit`: our fused step, which rounds bfloat16 weights stochastically; bitsandbytes'
+    8-bit AdamW, plain or paged to host memory; torch's, with states in float32."""
+    optimizer_in_backward: bool = False
+    """Step each weight as its gradient arrives and free the gradient; one microbatch a minibatch."""
+    grad_clip: Literal["norm", "per_parameter"] = "norm"
+    """What max_grad_norm bounds: the norm of all gradients (with optimizer_in_backward at the price
+    of a second backward), or of each parameter's."""
 
     kl_coef: float = 0.05
     """Weight of the KL to the reference."""
@@ -102,10 +113,22 @@ class PPOConfig:
     """Rank of the adapters."""
     lora_alpha: float = 32.0
     """Adapters are scaled by lora_alpha / lora_rank."""
+    use_peft: bool = True
+    """Train LoRA adapters in the top train_layers; False: those layers' own weights. The reference
+    is then a frozen copy of what trains, or none at kl_coef 0."""
     critic: Literal["shared", "adapter"] = "shared"
     """`shared`: a value head on the policy's hidden states; `adapter`: on those of its own LoRA."""
     bf16: bool = False
     """Base weights and activations in bfloat16 (statistics and adapters stay in float32)."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Base weights in 8 or 4 bits (bitsandbytes); only adapters can then be trained."""
+    reference_quantization: Literal["int8", "nf4"] | None = None
+    """The same for the reference's copy where all layers' own weights are trained."""
+    trunk_cache: bool = True
+    """Keep the frozen layers' output of a rollout for all roles and epochs; False: compute it again
+    wherever it is needed."""
+    trunk_cache_mb: int | None = None
+    """Megabytes of that output kept on the device; more goes to host memory. None: no limit."""
     gradient_checkpointing: bool = False
     """Recompute the trained layers' activations in the backward."""
 
