@@ -20,7 +20,7 @@ from .errors import UserError
 from .losses import MicrobatchLoss
 from .types import Experience, Rollout
 
-__all__ = ["PhaseTimer", "RunFolder", "peak_memory_mb", "step_metrics"]
+__all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
 
 METRICS = "metrics.jsonl"
 
@@ -89,23 +89,27 @@ def free_folder(parent: Path, name: str) -> Path:
 
 
 class PhaseTimer:
-    """Seconds spent in each phase, in this step and in the whole run.
+    """Seconds spent in each phase, in this step and in the whole run, and its memory.
 
     Args:
         started: called with a phase's name when it begins, to show it.
+
+    `memory` says of each phase how many bytes it has held at most.
     """
 
     def __init__(self, started: Callable[[str], None] = lambda phase: None):
         self.started = started
         self.total: dict[str, float] = defaultdict(float)
         self.step: dict[str, float] = defaultdict(float)
+        self.memory = PhaseMemory()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.started(phase)
         begin = time.perf_counter()
         try:
-            yield
+            with self.memory(phase):
+                yield
         finally:
             seconds = time.perf_counter() - begin
             self.total[phase] += seconds
@@ -164,15 +168,64 @@ def step_metrics(
     }
 
 
-def peak_memory_mb() -> float:
-    """The most memory that this process has had resident, in MiB (VmHWM)."""
+class PhaseMemory:
+    """The most bytes that each phase has held so far, `peaks`; empty where no system tells.
+
+    On a GPU: tensors, as torch's allocator counts them. On a CPU: the process's resident size beyond
+    what it was when this was made, imports and all; Linux only. The system's own high-water mark is
+    reset at the start of each phase, so `highest` keeps that of the whole process.
+    """
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.start = 0 if self.on_gpu else status_bytes("VmRSS")
+        self.highest = 0
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        resettable = self.restart()
+        try:
+            yield
+        finally:
+            if resettable:
+                peak = torch.cuda.max_memory_allocated() if self.on_gpu else status_bytes("VmHWM")
+                self.peaks[phase] = max(self.peaks.get(phase, 0), peak - self.start)
+
+    def restart(self) -> bool:
+        """Forget the high-water mark, but for `highest`; False where it cannot be forgotten."""
+        self.highest = max(self.highest, resident_peak())
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def peak_mb(self) -> float:
+        """The most memory that this process has had resident, in MiB."""
+        self.highest = max(self.highest, resident_peak())
+        return self.highest / 2**20
+
+
+def status_bytes(field: str) -> int:
+    """What Linux says of this process's memory (VmRSS, VmHWM); 0 elsewhere."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had resident since the mark was last reset."""
+    if peak := status_bytes("VmHWM"):
+        return peak
     import resource
 
     # macOS counts bytes; other systems without /proc count KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak if sys.platform == "darwin" else peak * 1024
