@@ -82,7 +82,8 @@ class PPOConfig:
     """`adamw_8bit`: our fused step, which rounds bfloat16 weights stochastically; bitsandbytes'
     8-bit AdamW, plain or paged to host memory; torch's, with states in float32."""
     optimizer_in_backward: bool = False
-    """Step each weight as its gradient arrives and free the gradient; one microbatch a minibatch."""
+    """Step each weight as its gradient arrives and free the gradient at once. Needs a minibatch in
+    one microbatch."""
     grad_clip: Literal["norm", "per_parameter"] = "norm"
     """What max_grad_norm bounds: the norm of all gradients (with optimizer_in_backward at the price
     of a second backward), or of each parameter's."""
@@ -169,6 +170,12 @@ class PPOConfig:
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
         )
+        require(
+            self.optim != "adamw_torch" or self.use_peft or not self.bf16,
+            "adamw_torch would train bfloat16 weights with states in bfloat16, which loses small "
+            "steps; set optim to adamw_8bit",
+        )
+        check_one_microbatch(self)
 
     @property
     def steps(self) -> int:
@@ -280,6 +287,21 @@ def fits(value: Any, option: Any) -> bool:
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def check_one_microbatch(config: PPOConfig) -> None:
+    """Refuse an optimizer_in_backward that even the shortest sequences would not allow."""
+    sequences = config.batch_size // config.num_mini_batches
+    # A prompt has a token at least; a response that may stop early has one too.
+    shortest = 1 + (config.response_length if config.stop_token is None else 1)
+    require(
+        not config.optimizer_in_backward
+        or sequences == 1
+        or sequences * shortest <= config.microbatch_tokens,
+        f"optimizer_in_backward needs a minibatch in one microbatch, and {sequences} sequences of "
+        f"{shortest} tokens or more do not fit in microbatch_tokens ({config.microbatch_tokens}); "
+        "raise microbatch_tokens or num_mini_batches",
+    )
 
 
 def exact_div(config: PPOConfig, whole: str, part: str) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .backbone import LoraSettings, SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig
 from .data import PromptSet, load_rows
-from .errors import SelfCheckError, UserError
+from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import microbatches, score
 from .losses import MicrobatchLoss, microbatch_loss
@@ -41,6 +42,7 @@ from .rewards.functions import RewardFunction, RewardScorer, load_reward
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
 from .selfcheck import check_experience, check_first_minibatch
+from .step import Updater
 from .types import Experience, Rollout
 
 __all__ = ["PPOTrainer", "Summary"]
@@ -116,6 +118,7 @@ class PPOTrainer:
         )
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
+        self.updater = Updater(self.optimizer, self.schedule, config)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
 
@@ -212,26 +215,18 @@ class PPOTrainer:
         num_items = int(experience.response_mask[torch.cat(minibatch)].sum())
         if num_items == 0:
             return []
-        parts = []
-        for rows in minibatch:
-            part = microbatch_loss(
+
+        def loss(rows: Tensor) -> MicrobatchLoss:
+            return microbatch_loss(
                 self.backbone, experience.select(rows), spec, self.config, num_items
             )
-            part.loss.backward()
-            parts.append(part.detached())
-        loss = MicrobatchLoss.added(parts)
-        if first:
-            check_first_minibatch(loss.policy.stats, self.dtype)
-        parameters = self.backbone.trainable()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if not norm.isfinite():
-            raise SelfCheckError(
-                "the gradient is not finite; lower learning_rate, or train without bf16"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        return [loss._replace(grad_norm=norm)]
+
+        def check(parts: list[MicrobatchLoss]) -> None:
+            if first:
+                check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
+
+        parts, norm = self.updater.update([partial(loss, rows) for rows in minibatch], check)
+        return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
     @contextmanager
     def saved(self, name: str) -> Iterator[None]:
