@@ -12,6 +12,9 @@ instead of run:
 
 from __future__ import annotations
 
+import copy
+
+
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -40,6 +43,7 @@ class Simulated:
 
     components: dict[str, int]
     peaks: dict[str, int]  # by phase, in the order in which they come
+    read_bytes: int  # of the weights' file, where loading makes other numbers of it
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], optim: str) -> int:
@@ -70,7 +74,10 @@ class Simulation:
     def __init__(
         self, config: PPOConfig, model_config: PreTrainedConfig, device: str, prompt_length: int
     ):
-        self.config, self.model_config, self.device = config, model_config, device
+        # Making a model writes its dtype into the configuration.
+        self.model_config = copy.deepcopy(model_config)
+        self.kept = getattr(model_config, "dtype", None) or torch.float32
+        self.config, self.device = config, device
         self.prompt, self.length = prompt_length, prompt_length + config.response_length
         self.tracker = StorageTracker(device)
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -85,7 +92,7 @@ class Simulation:
             rollout = self.phase("rollout", self.rollout, self.config.batch_size)
             experience = self.phase("score", self.score, rollout)
             self.phase("update", self.update, rollout, experience)
-        return Simulated(self.components, self.peaks)
+        return Simulated(self.components, self.peaks, self.read_bytes)
 
     def phase(self, name: str, call: Any, *args: Any) -> Any:
         self.tracker.restart()
@@ -98,7 +105,9 @@ class Simulation:
         model = AutoModelForCausalLM.from_config(self.model_config, dtype=self.dtype)
         model.eval()
         base = tensor_bytes(dict(model.named_parameters()), dict(model.named_buffers()))
-        outer = tensor_bytes(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        outer = tensor_bytes(
+            model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        )
         self.components["base weights"] = base - outer
         self.components["embedding and head"] = outer
         self.backbone = SharedBackbone(
@@ -113,7 +122,8 @@ class Simulation:
         trained = self.backbone.trainable()
         self.components["adapters"] = own - base - heads
         self.components["value head"] = heads
-        # A file of another dtype is there beside what is made of it, on a CPU as mapped memory.
+        same = self.kept == self.dtype
+        self.read_bytes = 0 if same else base // self.dtype.itemsize * self.kept.itemsize
         self.peaks["load"] = tensor_bytes(dict(self.backbone.named_parameters()))
         self.state = torch.empty(optimizer_bytes(trained, config.optim), dtype=torch.uint8)
         self.components["optimizer state"] = tensor_bytes(self.state)

@@ -108,9 +108,7 @@ def without_data(func: Any, args: tuple[Any, ...]) -> Any:
         return False if given.dtype == torch.bool else 0
     if func is aten.nonzero.default:
         return given.new_empty(given.numel(), given.dim(), dtype=torch.int64)
-    if func is aten.index.Tensor and any(
-        x is not None and x.dtype == torch.bool for x in args[1]
-    ):
+    if func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1]):
         places: list[Tensor | None] = []
         for x in args[1]:
             if x is not None and x.dtype == torch.bool:

@@ -33,7 +33,8 @@ from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import microbatches, score
 from .losses import MicrobatchLoss, microbatch_loss
-from .metrics import PhaseTimer, RunFolder, peak_memory_mb, step_metrics
+from .memory import planned_and_measured
+from .metrics import PhaseTimer, RunFolder, step_metrics
 from .optim import make_optimizer, make_schedule
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
@@ -61,6 +62,7 @@ class Summary:
     seconds: float
     peak_memory_mb: float  # VmHWM of the process, MiB
     phase_seconds: dict[str, float]
+    memory_mb: dict[str, dict[str, float | None]]  # by phase: planned, measured (MiB)
 
 
 class PPOTrainer:
@@ -109,6 +111,8 @@ class PPOTrainer:
             self.train_prompts, self.held_out = self.prompts(source, tokenizer, rows, eval_rows)
             # Weights come last: what could be wrong with the rest is known by now.
             self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
+            # A backbone made elsewhere need not be what the settings say.
+            self.model_config = None if isinstance(source, SharedBackbone) else source.config
         self.engine = DecodeEngine(
             self.backbone,
             tokenizer,
@@ -286,6 +290,14 @@ class PPOTrainer:
             )
         else:
             self.display.say("no plot: pip install matplotlib")
+        memory, told = planned_and_measured(
+            self.config,
+            self.model_config,
+            self.timer.memory.peaks,
+            prompt_length=self.train_prompts.longest,
+            device=self.backbone.device.type,
+        )
+        self.display.say(told)
         summary = Summary(
             score_before=before.score,
             score_after=after.score,
@@ -294,8 +306,9 @@ class PPOTrainer:
             distinct_2=after.distinct_2,
             steps=self.config.steps,
             seconds=time.perf_counter() - self.started,
-            peak_memory_mb=peak_memory_mb(),
+            peak_memory_mb=self.timer.memory.peak_mb(),
             phase_seconds=dict(self.timer.total),
+            memory_mb=memory,
         )
         self.folder.append("summary.json", asdict(summary))
         self.display.say(f"\nthe run is in {self.folder.path}")
