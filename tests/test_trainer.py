@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_families
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastrlhf.trainer as module
 from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
@@ -257,13 +257,8 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
 
 
 def test_a_model_that_runs_whole(tmp_path):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=28, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
     with pytest.warns(UserWarning, match="run whole"):
-        backbone = SharedBackbone(GPT2LMHeadModel(config).eval(), train_layers=1)
+        backbone = SharedBackbone(tiny_families.unknown(), train_layers=1)
     summary = trainer(tmp_path, backbone=backbone, total_episodes=32 * 12).train()
     assert summary.score_after > summary.score_before + 0.2
     assert lines(tmp_path)[0]["check/first_ratio"] == 1
