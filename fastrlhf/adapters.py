@@ -10,13 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .adapter_file import AdapterFile
+from .errors import UserError
 
 __all__ = ["Adapters", "LoraSettings"]
 
@@ -73,6 +77,19 @@ class Adapters:
         self.add(name, config)
         for ours, theirs in zip(self.parameters(name), self.parameters(source), strict=True):
             ours.copy_(theirs)
+
+    def load(self, name: str, file: AdapterFile) -> None:
+        """A new adapter with the weights of a file, which fits the model."""
+        self.add(name, file.config)
+        assert self.peft is not None
+        missed: Any = set_peft_model_state_dict(self.peft, file.state, adapter_name=name)
+        absent = [key for key in missed.missing_keys if f".{name}." in key]
+        if absent or missed.unexpected_keys:
+            raise UserError(
+                f"the adapter in {file.folder} is not whole: its weights and its "
+                f"adapter_config.json differ in {[*absent, *missed.unexpected_keys][0]}; save it "
+                "again with PEFT"
+            )
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The weights of one adapter."""

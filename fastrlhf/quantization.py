@@ -112,8 +112,9 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def compute_dequantized(model: PreTrainedModel) -> None:
     """Let the quantised linears of a model compute as this module says."""
     for linear in quantized_linears(model):
-        if not isinstance(linear, DequantizedLinear):
-            linear.__class__ = dequantized_class(type(linear))
+        kind: Any = type(linear)
+        if not issubclass(kind, DequantizedLinear):
+            linear.__class__ = dequantized_class(kind)
 
 
 @contextmanager
