@@ -166,6 +166,7 @@ class PPOConfig:
         )
         exact_div(self, "total_episodes", "batch_size")
         exact_div(self, "batch_size", "num_mini_batches")
+        self.check_what_trains()
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
@@ -176,6 +177,24 @@ class PPOConfig:
             "steps; set optim to adamw_8bit",
         )
         check_one_microbatch(self)
+
+    def check_what_trains(self) -> None:
+        require(
+            self.use_peft or self.quantization is None,
+            "only adapters train on quantised weights; set use_peft: true or quantization: null",
+        )
+        # Only where everything trains is the reference a whole model of its own.
+        second = not self.use_peft and self.train_layers == "all"
+        require(
+            self.reference_quantization is None or (second and self.kl_coef > 0),
+            "reference_quantization is for the copy that use_peft: false, train_layers: all and a "
+            "kl_coef above 0 need; set it to null",
+        )
+        require(
+            self.critic == "shared" or not second or self.kl_coef > 0,
+            "critic: adapter needs the frozen originals, which training all weights at kl_coef 0 "
+            "does not keep; set critic: shared",
+        )
 
     @property
     def steps(self) -> int:

@@ -1,14 +1,14 @@
-"""What sits on the final hidden states: the language-model head and the value head."""
+"""What sits on the final hidden states: the language-model head, the value and the reward head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["LanguageModelHead", "ValueHead"]
+__all__ = ["LanguageModelHead", "RewardHead", "ValueHead", "last_states"]
 
 
 TILE = 8192  # rows of a bf16 weight that are in float32 at a time
@@ -16,7 +16,7 @@ TILE = 8192  # rows of a bf16 weight that are in float32 at a time
 
 @dataclass(frozen=True)
 class LanguageModelHead:
-    """The model's output layer in the form in which the fused ops take it. It stays frozen."""
+    """The model's output layer in the form in which the fused ops take it."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -36,6 +36,11 @@ class LanguageModelHead:
         softcap = getattr(config, "final_logit_softcapping", None)
         bias = getattr(output, "bias", None)
         return cls(output.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+
+    def through(self, output: nn.Module) -> LanguageModelHead:
+        """The same scale and cap on the weights of ``output``, with gradients if they train."""
+        weight = output.get_parameter("weight")
+        return replace(self, weight=weight, bias=getattr(output, "bias", None))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""
@@ -69,3 +74,27 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden.float() * self.scale).squeeze(-1)
+
+
+class RewardHead(nn.Module):
+    """A linear map from a sequence's last hidden state to its reward, in float32.
+
+    Its weights start with a standard deviation of 1/√(D + 1) (Stiennon et al. 2020), its bias at
+    zero. Shapes: [..., D] -> [...].
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden.float()).squeeze(-1)
+
+
+def last_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The states of each row's last real token, whichever side is padded: [B, L, D] -> [B, D]."""
+    length = attention_mask.shape[1]
+    last = length - 1 - attention_mask.long().flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

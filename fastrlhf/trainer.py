@@ -143,16 +143,21 @@ class PPOTrainer:
     def build(self, source: Pretrained) -> SharedBackbone:
         config = self.config
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = source.load(dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device)
         # Adapters are drawn at random: the same seed gives the same run.
         torch.manual_seed(config.seed)
-        return SharedBackbone(
-            model,
-            lora=LoraSettings(config.lora_rank, config.lora_alpha),
+        return SharedBackbone.load(
+            source,
+            dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            device=device,
+            quantization=config.quantization,
+            reference_quantization=config.reference_quantization,
+            lora=LoraSettings(config.lora_rank, config.lora_alpha) if config.use_peft else None,
             train_layers=config.train_layers,
             critic=config.critic,
+            # Adapters give the reference for nothing; full training pays for it with a copy.
+            reference=config.use_peft or config.kl_coef > 0,
             gradient_checkpointing=config.gradient_checkpointing,
-        ).to(device)
+        )
 
     def prompts(
         self, source: SharedBackbone | Pretrained, tokenizer: Any, rows, eval_rows

@@ -61,7 +61,7 @@ def test_roles_restore_what_was_active():
     with pytest.raises(RuntimeError), b.role("reference"):
         raise RuntimeError
     assert torch.equal(states(b, "policy"), before)
-    assert all(p.requires_grad for n, p in b.peft.named_parameters() if "lora_" in n)
+    assert all(p.requires_grad for n, p in b.model.named_parameters() if "lora_" in n)
 
 
 def test_only_adapters_of_the_top_layers_and_the_value_head_train():
