@@ -8,7 +8,7 @@ adapter of its own (`adapter`). The embedding, the layers below, the norm and th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,25 +152,60 @@ class SharedBackbone(nn.Module):
             for module, (active, disabled) in zip(self.adapted, before, strict=True):
                 module._active_adapter, module._disable_adapters = active, disabled
 
-    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """The frozen lower layers, once for all roles: [B, L] -> [B, L, D]."""
-        return self.halves.trunk(tokens, attention_mask)
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference to compare the policy with."""
+        return True
 
-    def hidden(self, role: Role, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+    @property
+    def reference_head(self) -> LanguageModelHead:
+        """The reference's output layer: the policy's, unless that trains."""
+        return self.head
+
+    def trunk(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """The frozen lower layers, once for all roles: [B, L] -> [B, L, D]."""
+        return self.halves.trunk(tokens, attention_mask, position_ids)
+
+    def hidden(
+        self,
+        role: Role,
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states of a role: the trunk's output -> [B, L, D]."""
         with self.role(role):
-            return self.halves.top(trunk, attention_mask, lambda: self.role(role))
+            return self.halves.top(trunk, attention_mask, lambda: self.role(role), position_ids)
 
-    def values(self, policy_hidden: Tensor, trunk: Tensor, attention_mask: Tensor) -> Tensor:
+    @torch.no_grad()
+    def hidden_together(
+        self,
+        roles: Sequence[Role],
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> dict[Role, Tensor]:
+        """`{role: hidden(role, ...) for role in roles}`, without gradients."""
+        return {role: self.hidden(role, trunk, attention_mask, position_ids) for role in roles}
+
+    def values(
+        self,
+        policy_hidden: Tensor,
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The critic's value of every state, [B, L] float32.
 
         Args:
             policy_hidden: the policy's hidden states, which a shared critic reads.
-            trunk, attention_mask: what an adapter critic computes its own from.
+            trunk, attention_mask, position_ids: what an adapter critic computes its own from.
         """
         assert self.value_head is not None, "this backbone has no critic"
         if self.critic == "adapter":
-            return self.value_head(self.hidden("critic", trunk, attention_mask))
+            return self.value_head(self.hidden("critic", trunk, attention_mask, position_ids))
         return self.value_head(policy_hidden)
 
     def save_adapters(self, folder: str | Path) -> None:

@@ -37,10 +37,18 @@ class Decoder(Protocol):
 
     split: int
 
-    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def trunk(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """The part below the first trained layer: [B, L] tokens -> its output."""
 
-    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext) -> Tensor:
+    def top(
+        self,
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        role: RoleContext = nullcontext,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The part above: the trunk's output -> final hidden states after the norm, [B, L, D].
 
         ``role`` makes the context in which the caller runs this: a checkpointed layer is run again
@@ -62,12 +70,20 @@ class SplitDecoder:
         self.gradient_checkpointing = gradient_checkpointing
 
     @torch.no_grad()
-    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def trunk(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
         hidden = self.decoder.get_submodule("embed_tokens")(tokens)
-        return self.run(hidden, attention_mask, 0, self.split, nullcontext)
+        return self.run(hidden, attention_mask, position_ids, 0, self.split, nullcontext)
 
-    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext = nullcontext) -> Tensor:
-        hidden = self.run(trunk, attention_mask, self.split, None, role)
+    def top(
+        self,
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        role: RoleContext = nullcontext,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.run(trunk, attention_mask, position_ids, self.split, None, role)
         return self.decoder.get_submodule("norm")(hidden)
 
     @contextmanager
@@ -84,12 +100,15 @@ class SplitDecoder:
     def run(
         self,
         hidden: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         start: int,
         stop: int | None,
         role: RoleContext,
     ) -> Tensor:
-        position_ids = positions(attention_mask)
+        if position_ids is None:
+            assert attention_mask is not None, "packed rows come with their position ids"
+            position_ids = positions(attention_mask)
         mask = create_causal_mask(
             config=self.decoder.config,
             inputs_embeds=hidden,
@@ -134,14 +153,25 @@ class WholeDecoder:
     def recorded(self) -> Iterator[list[Tensor]]:
         yield []
 
-    def trunk(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def trunk(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> Tensor:
         return tokens
 
-    def top(self, trunk: Tensor, attention_mask: Tensor, role: RoleContext = nullcontext) -> Tensor:
+    def top(
+        self,
+        trunk: Tensor,
+        attention_mask: Tensor | None,
+        role: RoleContext = nullcontext,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        if position_ids is None:
+            assert attention_mask is not None, "packed rows come with their position ids"
+            position_ids = positions(attention_mask)
         return self.decoder(
             input_ids=trunk,
             attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
+            position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
 
