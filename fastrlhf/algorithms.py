@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastrlhf_kernels import PolicyLossSpec
@@ -49,6 +50,11 @@ class Algorithm:
 
 def token_rewards(scores: Tensor, experience: Experience, config: PPOConfig) -> Tensor:
     """Scores at the last token and the reward's share of the KL. [B] -> [B, T]."""
+    if config.kl_coef == 0:
+        # The KL may not even have been measured.
+        rewards = torch.zeros_like(experience.old_logprobs)
+        return place_scores(rewards, scores, experience.response_mask)
+    assert experience.kl is not None, "a reward with a KL needs a reference"
     rewards = kl_reward(
         config.kl_estimator,
         config.kl_coef,
@@ -63,6 +69,7 @@ def token_rewards(scores: Tensor, experience: Experience, config: PPOConfig) -> 
 
 def with_critic(scores: Tensor, experience: Experience, config: PPOConfig) -> Advantages:
     """GAE over the rewards and the critic's values."""
+    assert experience.values is not None, "GAE needs a critic"
     return gae_advantages(
         token_rewards(scores, experience, config),
         experience.values,

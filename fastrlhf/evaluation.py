@@ -12,7 +12,8 @@ from .backbone import SharedBackbone
 from .config import PPOConfig
 from .data import PromptSet
 from .errors import UserError
-from .experience import microbatches, score
+from .experience import score
+from .microbatches import cut
 from .rewards.functions import RewardScorer
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
@@ -26,7 +27,7 @@ class Evaluation:
     """What the policy does on held-out prompts."""
 
     score: float  # mean over completions
-    kl: float  # exact, nats a sequence, mean over sequences
+    kl: float | None  # exact, nats a sequence, mean over sequences; None without a reference
     entropy: float  # nats a token, mean over sampled tokens
     distinct_2: float  # distinct word bigrams over word bigrams, in all completions
     scores: Sequence[float | None]  # None where the reward did not judge
@@ -54,7 +55,7 @@ def evaluate(
     mask = experience.response_mask
     return Evaluation(
         score=float(judged.mean()),
-        kl=float((experience.kl * mask).sum(-1).mean()),
+        kl=None if experience.kl is None else float((experience.kl * mask).sum(-1).mean()),
         entropy=float(experience.entropy[mask].mean()),
         distinct_2=distinct_bigrams(rollout.completions),
         scores=[None if math.isnan(score) else score for score in scores.tolist()],
@@ -64,9 +65,9 @@ def evaluate(
 
 
 def score_all(backbone: SharedBackbone, rollout: Rollout, config: PPOConfig) -> Experience:
-    batch, length = rollout.tokens.shape
-    parts = microbatches(torch.arange(batch), length, config.microbatch_tokens)
-    return score(backbone, rollout, parts, config)
+    rows = torch.arange(len(rollout.tokens))
+    layouts = cut(rollout.sequences, rows, config.microbatching, config.microbatch_tokens)
+    return score(backbone, rollout, layouts, config)
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from fastrlhf_kernels import (
 )
 
 from .config import PPOConfig
-from .types import Experience
+from .types import Microbatch
 
 if TYPE_CHECKING:
     from .backbone import SharedBackbone
 
-__all__ = ["MicrobatchLoss", "microbatch_loss", "response_states"]
+__all__ = ["MicrobatchLoss", "head_arguments", "microbatch_loss", "reference_arguments"]
 
 
 class MicrobatchLoss(NamedTuple):
@@ -31,15 +31,16 @@ class MicrobatchLoss(NamedTuple):
 
     loss: Tensor  # [] policy.loss + vf_coef · value.loss
     policy: LossOutput[LossStats]
-    value: LossOutput[ValueStats]
+    value: LossOutput[ValueStats] | None  # None without a critic
     grad_norm: Tensor | None = None  # [] before clipping, once the whole minibatch is in
 
     def detached(self) -> MicrobatchLoss:
         """The same numbers, which keep no graph alive."""
+        value = self.value
         return MicrobatchLoss(
             self.loss.detach(),
             self.policy._replace(loss=self.policy.loss.detach()),
-            self.value._replace(loss=self.value.loss.detach()),
+            None if value is None else value._replace(loss=value.loss.detach()),
         )
 
     @staticmethod
@@ -49,64 +50,74 @@ class MicrobatchLoss(NamedTuple):
         def total(column: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(column)).sum()
 
-        policies, values = [p.policy for p in parts], [p.value for p in parts]
+        policies = [p.policy for p in parts]
+        values = [p.value for p in parts if p.value is not None]
         policy = LossStats(*map(total, zip(*(p.stats for p in policies), strict=True)))
-        value = ValueStats(*map(total, zip(*(v.stats for v in values), strict=True)))
+        value = None
+        if values:
+            stats = ValueStats(*map(total, zip(*(v.stats for v in values), strict=True)))
+            value = LossOutput(total(v.loss for v in values), stats)
         return MicrobatchLoss(
-            total(p.loss for p in parts),
-            LossOutput(total(p.loss for p in policies), policy),
-            LossOutput(total(v.loss for v in values), value),
+            total(p.loss for p in parts), LossOutput(total(p.loss for p in policies), policy), value
         )
 
 
-def response_states(hidden: Tensor, response_length: int) -> Tensor:
-    """The states in which the response's tokens were drawn: [B, L, ...] -> [B, T, ...]."""
-    return hidden[:, -response_length - 1 : -1]
+def head_arguments(backbone: SharedBackbone, config: PPOConfig) -> dict[str, Any]:
+    """How the fused ops take the policy's head, beside its weight."""
+    head = backbone.head
+    return {
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "temperature": config.temperature,
+        "workspace_mb": config.workspace_mb,
+    }
+
+
+def reference_arguments(backbone: SharedBackbone, ref_hidden: Tensor | None) -> dict[str, Any]:
+    """How they take the reference: its states ([n, D]), and its head where that is another."""
+    head = backbone.reference_head
+    if ref_hidden is None or head is backbone.head:
+        return {"ref_hidden": ref_hidden}
+    return {"ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
 def microbatch_loss(
     backbone: SharedBackbone,
-    batch: Experience,
+    batch: Microbatch,
     spec: PolicyLossSpec,
     config: PPOConfig,
     num_items: int,
 ) -> MicrobatchLoss:
-    """Policy and value loss of ``batch``.
+    """Policy and value loss of ``batch``, which is a part of a minibatch.
 
     Args:
-        batch: some sequences of a minibatch.
         spec: the policy loss.
         num_items: response tokens in the whole minibatch, by which sums are divided.
     """
-    length = batch.responses.shape[1]
-    mask = batch.response_mask
-    hidden = backbone.hidden("policy", batch.trunk, batch.attention_mask)
-    head = backbone.head
+    inputs = (batch.trunk, batch.attention_mask, batch.position_ids)
+    hidden = backbone.hidden("policy", *inputs)
     exact = spec.kl_coef > 0 and spec.kl_estimator == "exact"
-    ref_hidden, ref_logprobs = batch.ref_hidden, batch.ref_logprobs
     policy = linear_policy_loss(
-        response_states(hidden, length)[mask],
-        head.weight,
-        batch.responses[mask],
-        batch.old_logprobs[mask],
-        batch.advantages[mask],
-        mask[mask],
+        batch.states(hidden),
+        backbone.head.weight,
+        batch.responses,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.response_mask,
         spec,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        temperature=config.temperature,
-        ref_logprobs=None if ref_logprobs is None else ref_logprobs[mask],
-        ref_hidden=ref_hidden[mask] if exact and ref_hidden is not None else None,
+        ref_logprobs=batch.ref_logprobs,
         num_items=num_items,
-        workspace_mb=config.workspace_mb,
+        **head_arguments(backbone, config),
+        **reference_arguments(backbone, batch.ref_hidden if exact else None),
     )
-    values = response_states(backbone.values(hidden, batch.trunk, batch.attention_mask), length)
+    if batch.values is None:
+        return MicrobatchLoss(policy.loss, policy, None)
     value = value_loss(
-        values,
+        batch.states(backbone.values(hidden, *inputs)),
         batch.values,
         batch.returns,
-        mask,
+        batch.response_mask,
         cliprange_value=config.cliprange_value,
         num_items=num_items,
     )

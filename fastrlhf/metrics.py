@@ -132,33 +132,28 @@ def step_metrics(
 ) -> dict[str, float]:
     """What a step did; names as in docs/math.md, section 5.15.
 
+    Without a reference there is no `objective/kl` nor what is made of it.
+
     Args:
         scores: [B], counted where the sequence trains.
         losses: one for every optimizer step on this rollout.
     """
     mask = experience.response_mask
     judged = mask.any(-1)
-    kl = float((experience.kl * mask).sum(-1)[judged].mean())
     score = float(scores[judged].mean())
 
     def mean(values: Iterable[Tensor | None]) -> float:
         return float(torch.stack([value for value in values if value is not None]).mean())
 
     policy = [loss.policy.stats for loss in losses]
-    return {
+    line = {
         "objective/scores": score,
-        "objective/kl": kl,
         "objective/entropy": float(experience.entropy[mask].mean()),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": score - kl_coef * kl,
         "policy/approx_kl": mean(stats.approx_kl for stats in policy),
         "policy/clipfrac": mean(stats.clipfrac for stats in policy),
         "policy/entropy": mean(stats.entropy for stats in policy),
         "policy/ratio": mean(stats.ratio for stats in policy),
         "loss/policy": mean(loss.policy.loss for loss in losses),
-        "loss/value": mean(loss.value.loss for loss in losses),
-        "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
-        "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
         # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
         # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
         "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
@@ -167,6 +162,20 @@ def step_metrics(
         "val/num_eos_tokens": int(rollout.ended.sum()),
         "grad_norm": mean(loss.grad_norm for loss in losses),
     }
+    # What was not measured has no figure: without a reference the KL is not known to be 0.
+    if experience.kl is not None:
+        kl = float((experience.kl * mask).sum(-1)[judged].mean())
+        line["objective/kl"] = kl
+        line["objective/non_score_reward"] = -kl_coef * kl
+        line["objective/rlhf_reward"] = score - kl_coef * kl
+    values = [loss.value for loss in losses if loss.value is not None]
+    if values and experience.values is not None:
+        line["loss/value"] = mean(value.loss for value in values)
+        line["val/clipfrac"] = mean(value.stats.clipfrac for value in values)
+        line["val/explained_variance"] = explained_variance(
+            experience.values, experience.returns, mask
+        )
+    return line
 
 
 class PhaseMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -70,7 +71,9 @@ class Display:
 
     def step(self, number: int, line: Mapping[str, Any]) -> None:
         """A step has ended with the metrics ``line``."""
-        score, kl = line["objective/scores"], line["objective/kl"]
+        score = line["objective/scores"]
+        # Without a reference there is none.
+        kl = line.get("objective/kl", math.nan)
         # Short enough for the bar's line in a terminal of 80 columns.
         self.progress.update(self.task, completed=number, figures=f"score {score:+.2f} KL {kl:.1f}")
         if not self.console.is_terminal:

@@ -1,4 +1,4 @@
-"""PPO as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.train`.
+"""PPO as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.step`.
 
 Deviations from Schulman et al. 2017 and from TRL's PPO, explained in docs/math.md:
 
@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,11 @@ from .config import PPOConfig
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
-from .experience import microbatches, score
+from .experience import gather, score
 from .losses import MicrobatchLoss, microbatch_loss
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
+from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
@@ -44,7 +44,7 @@ from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
 from .selfcheck import check_experience, check_first_minibatch
 from .step import Updater
-from .types import Experience, Rollout
+from .types import Experience, Prompts
 
 __all__ = ["PPOTrainer", "Summary"]
 
@@ -55,7 +55,7 @@ class Summary:
 
     score_before: float
     score_after: float
-    kl: float  # exact, nats a sequence, mean over sequences
+    kl: float | None  # exact, nats a sequence, mean over sequences; None without a reference
     entropy: float  # nats a token
     distinct_2: float  # distinct word bigrams over word bigrams
     steps: int  # rollouts trained on
@@ -119,6 +119,8 @@ class PPOTrainer:
             response_length=config.response_length,
             temperature=config.temperature,
             stops=config.stop_token == "eos",
+            trunk_cache=config.trunk_cache,
+            trunk_cache_mb=config.trunk_cache_mb,
         )
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
@@ -135,6 +137,8 @@ class PPOTrainer:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
             if self.algorithm.needs_critic and model.critic is None:
                 raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
+            if self.config.kl_coef and not model.has_reference:
+                raise UserError("kl_coef needs a backbone with a reference; set kl_coef to 0")
             checked_tokenizer(tokenizer, "processing_class")
             return model, tokenizer
         source = find_pretrained(model, trust_remote_code=self.config.trust_remote_code)
@@ -185,56 +189,62 @@ class PPOTrainer:
         with self.display, self.saved("final"):
             before = self.evaluate("before training", step=0)
             for number, prompts in enumerate(self.batches(), start=1):
-                with self.timer("rollout"):
-                    rollout = self.engine.generate(prompts, self.generator)
-                    scores = self.reward(rollout)
-                    scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
-                with self.timer("score"), self.audited():
-                    minibatches = self.deal(rollout)
-                    experience = score(self.backbone, rollout, chain(*minibatches), config)
-                    experience, scores = experience.judged_by(scores)
-                    learnt = self.algorithm.advantages(scores, experience, config)
-                    experience = experience.with_advantages(learnt.advantages, learnt.returns)
-                    spec = self.algorithm.spec(config, float(learnt.scale))
-                    checks = check_experience(
-                        experience, rollout, untrained=number == 1, dtype=self.dtype
-                    )
-                with self.timer("update"), self.audited():
-                    losses: list[MicrobatchLoss] = []
-                    checks["lr"] = float(self.schedule.get_last_lr()[0])
-                    for epoch in range(config.num_ppo_epochs):
-                        for minibatch in minibatches if epoch == 0 else self.deal(rollout):
-                            losses += self.update(experience, minibatch, spec, first=not losses)
-                line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-                line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
-                line |= checks | self.timer.take_step()
+                # A rollout and its trunk cache are gone before the next is generated.
+                line = self.step(number, prompts)
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
             after = self.evaluate("after training", step=config.steps)
         return self.finish(before, after)
 
+    def step(self, number: int, prompts: Prompts) -> dict[str, Any]:
+        """One rollout and what is learnt from it; its metrics."""
+        config = self.config
+        with self.timer("rollout"):
+            rollout = self.engine.generate(prompts, self.generator)
+            scores = self.reward(rollout)
+            scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
+        with self.timer("score"), self.audited():
+            minibatches = self.deal(len(prompts))
+            experience = score(
+                self.backbone, rollout, self.cut(rollout.sequences, minibatches), config
+            )
+            experience, scores = experience.judged_by(scores)
+            learnt = self.algorithm.advantages(scores, experience, config)
+            experience = experience.with_advantages(learnt.advantages, learnt.returns)
+            spec = self.algorithm.spec(config, float(learnt.scale))
+            checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
+        with self.timer("update"), self.audited():
+            losses: list[MicrobatchLoss] = []
+            checks["lr"] = float(self.schedule.get_last_lr()[0])
+            for epoch in range(config.num_ppo_epochs):
+                for rows in minibatches if epoch == 0 else self.deal(len(prompts)):
+                    losses += self.update(experience, rows, spec, first=not losses)
+        line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
+        line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
+        return line | checks | self.timer.take_step()
+
     def update(
-        self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec, *, first: bool
+        self, experience: Experience, rows: Tensor, spec: PolicyLossSpec, *, first: bool
     ) -> list[MicrobatchLoss]:
-        """One optimizer step on ``minibatch`` (rows of its microbatches); its summed loss.
+        """One optimizer step on the sequences ``rows``; the minibatch's summed loss.
 
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
         returned, where no sequence of the minibatch was judged.
         """
-        num_items = int(experience.response_mask[torch.cat(minibatch)].sum())
+        num_items = int(experience.response_mask[rows].sum())
         if num_items == 0:
             return []
 
-        def loss(rows: Tensor) -> MicrobatchLoss:
-            return microbatch_loss(
-                self.backbone, experience.select(rows), spec, self.config, num_items
-            )
+        def loss(layout: Layout) -> MicrobatchLoss:
+            batch = gather(self.backbone, experience, layout)
+            return microbatch_loss(self.backbone, batch, spec, self.config, num_items)
 
         def check(parts: list[MicrobatchLoss]) -> None:
             if first:
                 check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
 
-        parts, norm = self.updater.update([partial(loss, rows) for rows in minibatch], check)
+        layouts = self.cut(experience.sequences, [rows])
+        parts, norm = self.updater.update([partial(loss, x) for x in layouts], check)
         return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
     @contextmanager
@@ -253,12 +263,15 @@ class PPOTrainer:
         for batch in self.train_prompts.batches(config.batch_size, config.steps, config.seed):
             yield batch.batch(self.backbone.device)
 
-    def deal(self, rollout: Rollout) -> list[list[Tensor]]:
-        """Shuffle the batch into minibatches, and each into microbatches by token budget."""
-        batch, length = rollout.tokens.shape
+    def deal(self, batch: int) -> list[Tensor]:
+        """Shuffle a batch of sequences into minibatches."""
         order = torch.randperm(batch, generator=self.shuffler)
-        minibatches = order.chunk(self.config.num_mini_batches)
-        return [microbatches(m, length, self.config.microbatch_tokens) for m in minibatches]
+        return list(order.chunk(self.config.num_mini_batches))
+
+    def cut(self, sequences: Sequences, minibatches: list[Tensor]) -> list[Layout]:
+        """The microbatches of minibatches."""
+        given = (self.config.microbatching, self.config.microbatch_tokens)
+        return [layout for rows in minibatches for layout in cut(sequences, rows, *given)]
 
     @property
     def dtype(self) -> torch.dtype:
