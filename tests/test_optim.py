@@ -141,3 +141,49 @@ def test_torchs_states_are_not_kept_in_16_bits():
     with pytest.raises(UserError, match="set optim to adamw_8bit"):
         PPOConfig(optim="adamw_torch", use_peft=False, bf16=True)
     PPOConfig(optim="adamw_torch", bf16=True)  # adapters are float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64, "microbatch_tokens": 127}, "64 sequences of 2 tokens or more"),
+        (
+            {"batch_size": 64, "stop_token": None, "response_length": 24, "num_mini_batches": 2},
+            "32 sequences of 25 tokens or more do not fit in microbatch_tokens (512)",
+        ),
+    ],
+)
+def test_what_can_never_be_one_microbatch_is_refused_with_the_configuration(changes, message):
+    PPOConfig(**changes)
+    with pytest.raises(UserError) as error:
+        PPOConfig(optimizer_in_backward=True, **changes)
+    assert message in str(error.value)
+    PPOConfig(optimizer_in_backward=True, **changes | {"microbatch_tokens": 2000})
+
+
+def test_a_run_that_steps_in_the_backward_is_the_same_run(tmp_path):
+    """One microbatch a minibatch, clipped by the norm of all gradients: the same bits."""
+    from test_trainer import lines, trainer
+
+    runs = []
+    for name, changes in (("end", {}), ("arriving", {"optimizer_in_backward": True})):
+        settings = {"microbatch_tokens": 10**4, "max_grad_norm": 0.05, "learning_rate": 1e-3}
+        trainer(tmp_path / name, **settings, **changes).train()
+        kept = [
+            {key: value for key, value in line.items() if not key.startswith("time/")}
+            for line in lines(tmp_path / name)
+        ]
+        runs.append(kept)
+    assert runs[0] == runs[1]
+    assert all(line["grad_norm"] > 0.05 for line in runs[0])
+
+
+def test_a_minibatch_of_several_microbatches_stops_the_run_and_names_the_settings(tmp_path):
+    from test_trainer import trainer
+
+    live = trainer(tmp_path, optimizer_in_backward=True, stop_token="eos", microbatch_tokens=40)
+    before = [p.detach().clone() for p in live.backbone.trainable()]
+    with pytest.raises(UserError, match="raise microbatch_tokens or num_mini_batches"):
+        live.train()
+    for parameter, old in zip(live.backbone.trainable(), before, strict=True):
+        assert torch.equal(parameter, old)
