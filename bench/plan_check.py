@@ -23,7 +23,7 @@ from typing import Any
 
 # A block of 1 MB and more is mapped on its own and goes back when it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-TOKENS = {"batch_size": 16, "total_episodes": 32, "response_length": 32, "num_ppo_epochs": 2}
+TOKENS = {"batch_size": 16, "total_episodes": 32, "response_length": 32, "num_ppo_epochs": 1}
 SETTINGS: dict[str, Any] = {
     **TOKENS, "dataset": "openings", "eval_prompts": 8, "num_samples": 0, "microbatch_tokens": 512,
 }  # fmt: skip
@@ -48,9 +48,7 @@ def measure(name: str) -> dict[str, Any]:
     load_reward("sentiment")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):
         settings = SETTINGS | CONFIGURATIONS[name]
-        config = PPOConfig(
-            **settings, model=model_folder(Path(folder)), output_dir=f"{folder}/run"
-        )
+        config = PPOConfig(**settings, model=model_folder(Path(folder)), output_dir=f"{folder}/run")
         gc.collect()
         summary = PPOTrainer(args=config).train()
     return {"configuration": name, **settings, "memory_mb": summary.memory_mb}

@@ -76,8 +76,10 @@ def head_arguments(backbone: SharedBackbone, config: PPOConfig) -> dict[str, Any
 
 def reference_arguments(backbone: SharedBackbone, ref_hidden: Tensor | None) -> dict[str, Any]:
     """How they take the reference: its states ([n, D]), and its head where that is another."""
+    if ref_hidden is None:
+        return {"ref_hidden": None}
     head = backbone.reference_head
-    if ref_hidden is None or head is backbone.head:
+    if head is backbone.head:
         return {"ref_hidden": ref_hidden}
     return {"ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 

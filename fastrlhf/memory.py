@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from .architectures import architecture
 from .config import PPOConfig
 from .errors import UserError
-from .memory_simulation import simulate
+from .memory_simulation import Simulation
 
 __all__ = ["MemoryPlan", "parse_size", "plan", "planned_and_measured", "size"]
 
@@ -106,13 +106,15 @@ def plan(
     """
     if model_config is None:
         model_config = architecture(config.model)
-    simulated = simulate(config, model_config, device, prompt_length)
+    simulated = Simulation(config, model_config, device, prompt_length).run()
     peaks = dict(simulated.peaks)
     if device == "cpu":
         # The file is mapped while its weights are made of it, where they are of another dtype.
-        peaks["load"] += simulated.read_bytes
-    phases = {phase: peaks[phase] + LIBRARIES[device] for phase in PHASES}
-    components = dict(simulated.components) | {"libraries": LIBRARIES[device]}
+        peaks["load"] += simulated.file_bytes
+    phases = {phase: peak + LIBRARIES[device] for phase, peak in peaks.items()}
+    components = {name: count for name, count in simulated.components.items() if count} | {
+        "libraries": LIBRARIES[device]
+    }
     return MemoryPlan(config.model, device, prompt_length, components, phases)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -25,14 +26,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrlhf_kernels import _backend, _cpu
 from fastrlhf_kernels._head import HeadOptions
 
-__all__ = ["StorageTracker", "head_workspace", "on_device", "tensor_bytes"]
+__all__ = ["StorageTracker", "head_workspace", "running_as", "tensor_bytes"]
 
 aten = torch.ops.aten
 
@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
     ) -> Any:
         answer = without_data(func, args)
         result = func(*args, **(kwargs or {})) if answer is None else answer
-        for x in tree_leaves(result):
+        for x in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(x, Tensor):
                 self.see(x)
         if func.namespace == "fastrlhf" and func._opname in HEAD_OPS:
@@ -86,13 +86,19 @@ class StorageTracker(TorchDispatchMode):
         if key in self._known:
             return
 
-        def gone(_: Any) -> None:
-            self.live -= size
-            del self._known[key]
+        def gone(died: Any) -> None:
+            if self._known.get(key) is died:
+                self.live -= size
+                del self._known[key]
 
         self._known[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count ``tensor`` no more: it lies in another memory."""
+        del self._known[tensor.untyped_storage()._cdata]
+        self.live -= tensor.untyped_storage().nbytes()
 
     def passing(self, size: int) -> None:
         """``size`` bytes were there for a moment."""
@@ -159,47 +165,34 @@ def head_workspace(
     return 4 * (logits + states + raised)
 
 
-class _Attention(TorchFunctionMode):
-    """Sends attention on meta tensors to the operator that ``device`` would run."""
-
-    def __init__(self, device: str):
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and args[0].device.type == "meta":
-            return self.attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            # The kernels read a shared head many times; expanded, it takes no memory either.
-            key, value = (shared_heads(x, query.shape[1]) for x in (key, value))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-                attn_mask.logical_not(), float("-inf")
-            )
-        if self.device == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        keeps = torch.is_grad_enabled() and query.requires_grad
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
+def attention(
+    kind: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` on meta tensors by the operator that ``kind`` would run."""
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        key, value = (shared_heads(x, query.shape[1]) for x in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+            attn_mask.logical_not(), float("-inf")
+        )
+    if kind == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    keeps = torch.is_grad_enabled() and query.requires_grad
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def shared_heads(x: Tensor, heads: int) -> Tensor:
@@ -207,16 +200,25 @@ def shared_heads(x: Tensor, heads: int) -> Tensor:
     return x[:, :, None].expand(batch, own, heads // own, length, size).flatten(1, 2)
 
 
+def passes(x: Tensor) -> Tensor:
+    """`x.isfinite()` of a number that is not there: what stops a run is not planned for."""
+    return torch.ones(x.shape, dtype=torch.bool, device="cpu")
+
+
 @contextmanager
-def on_device(device: str) -> Iterator[None]:
-    """Within the block, tensors are made on the meta device and run as ``device`` would run them."""
-    with ExitStack() as stack:
+def running_as(kind: str) -> Iterator[None]:
+    """Within the block, meta tensors go the ways that tensors on ``kind`` would go."""
+    backend = "triton" if kind == "cuda" else "cpu"
+    # A number a token is all that this module takes; its kernels are no operators.
+    tokens = import_module("fastrlhf_kernels.policy_loss")
+    replaced: list[tuple[Any, str, Any]] = [
         # Our operators would take the reference, which is plain torch, for an unknown device.
-        backend = "triton" if device == "cuda" else "cpu"
-        stack.enter_context(patch.object(_backend, "_device_backend", lambda *_: backend))
-        # A number a token is all that these take; their kernels are no operators.
-        tokens = import_module("fastrlhf_kernels.policy_loss")
-        stack.enter_context(patch.object(tokens, "resolve", lambda *_, **__: "reference"))
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(_Attention(device))
+        (_backend, "_device_backend", lambda *_: backend),
+        (tokens, "resolve", lambda *_, **__: "reference"),
+        (functional, "scaled_dot_product_attention", partial(attention, kind)),
+        (Tensor, "isfinite", passes),
+    ]
+    with ExitStack() as stack:
+        for owner, name, stand_in in replaced:
+            stack.enter_context(patch.object(owner, name, stand_in))
         yield

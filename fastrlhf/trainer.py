@@ -24,13 +24,14 @@ from torch import Tensor
 from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 
 from .algorithms import ALGORITHMS
-from .backbone import LoraSettings, SharedBackbone
+from .backbone import SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
+from .loading import load_backbone
 from .losses import MicrobatchLoss, microbatch_loss
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
@@ -149,19 +150,7 @@ class PPOTrainer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # Adapters are drawn at random: the same seed gives the same run.
         torch.manual_seed(config.seed)
-        return SharedBackbone.load(
-            source,
-            dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            device=device,
-            quantization=config.quantization,
-            reference_quantization=config.reference_quantization,
-            lora=LoraSettings(config.lora_rank, config.lora_alpha) if config.use_peft else None,
-            train_layers=config.train_layers,
-            critic=config.critic,
-            # Adapters give the reference for nothing; full training pays for it with a copy.
-            reference=config.use_peft or config.kl_coef > 0,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
+        return load_backbone(source, config, device)
 
     def prompts(
         self, source: SharedBackbone | Pretrained, tokenizer: Any, rows, eval_rows
