@@ -49,7 +49,8 @@ def tensor_bytes(*tensors: Any) -> int:
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of the storages made within the block, and the most there were at a time.
 
-    ``device``: whose kernels are counted, "cpu" or "cuda". `live` and `peak` are bytes; `restart` forgets the peak so far.
+    ``device``: whose kernels are counted, "cpu" or "cuda". `live` and `peak` are bytes; `restart`
+    forgets the peak so far.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -105,11 +106,40 @@ class StorageTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.live + size)
 
 
+# Operators of a number each, which torch works out in Python where there are no numbers: slowly.
+ELEMENTWISE = frozenset({
+    aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.neg.default, aten.silu.default,
+    aten.silu_backward.default, aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.cos.default,
+    aten.sin.default, aten.gelu.default, aten.gelu_backward.default, aten.div.Tensor,
+    aten.tanh.default,
+})  # fmt: skip
+IN_PLACE = frozenset({aten.copy_.default, aten.mul_.Tensor, aten.add_.Tensor, aten.fill_.Scalar})
+
+
+def elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The result of a simple operator on meta tensors, by its first operand of full shape."""
+    if func in IN_PLACE:
+        return args[0]
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    first = tensors[0]
+    if len(tensors) > 1:
+        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        full = [x for x in tensors if x.shape == shape]
+        if not full or any(x.dtype != first.dtype for x in tensors):
+            return None
+        first = full[0]
+    if not first.dtype.is_floating_point:
+        return None
+    return torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
+
+
 def without_data(func: Any, args: tuple[Any, ...]) -> Any:
     """What an operator answers that would read a meta tensor's data; None: it does not."""
     given = args[0] if args else None
     if not isinstance(given, Tensor) or given.device.type != "meta":
         return None
+    if func in ELEMENTWISE or func in IN_PLACE:
+        return elementwise(func, args)
     if func is aten._local_scalar_dense.default:
         return False if given.dtype == torch.bool else 0
     if func is aten.nonzero.default:
