@@ -131,7 +131,8 @@ def make_mask(
     hidden: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor,
-) -> Tensor | None:
+) -> Any:
+    """[B, 1, L, L], or what else the attention in use reads; None where its own causality does."""
     if hidden.is_meta:
         # Without data none can see that no mask is needed: the plan counts the one that may be.
         batch, length, _ = hidden.shape
