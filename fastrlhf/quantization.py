@@ -169,7 +169,7 @@ def check_quantization(
         raise UserError(
             f"quantization {quantization} needs bitsandbytes; run: pip install bitsandbytes"
         ) from None
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError, OSError) as error:
+    except (AssertionError, AttributeError, OSError, RuntimeError, ValueError) as error:
         works, reason = False, " ".join(str(error).split())[:120]
     if not works:
         raise UserError(
