@@ -1,5 +1,6 @@
 """In every mode the reference is the untouched model, and only what should train does."""
 
+import contextlib
 import itertools
 import re
 
@@ -104,6 +105,24 @@ def test_every_weight_has_one_name_in_every_role_and_roles_are_left_as_they_were
     after = dict(backbone.named_parameters(remove_duplicate=False))
     assert before.keys() == after.keys() and all(after[n] is p for n, p in before.items())
     assert torch.equal(of_role(backbone, "policy"), policy)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_role_within_a_role_gives_the_outer_one_back(scene, name):
+    backbone = scene.backbone(MODES[name], critic="adapter")
+    train(backbone)
+
+    def computed(decoder):
+        with torch.no_grad():
+            return decoder(TOKENS[1:2], attention_mask=MASK[1:2]).last_hidden_state
+
+    for outer, inner in itertools.permutations(backbone.roles, 2):
+        with backbone.role(outer) as decoder:
+            before = computed(decoder)
+            with contextlib.suppress(RuntimeError), backbone.role(inner) as other:
+                assert not torch.equal(computed(other), before)
+                raise RuntimeError
+            assert torch.equal(computed(decoder), before)
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])
