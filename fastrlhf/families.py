@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -87,19 +88,12 @@ class Family:
                 of their own, to which attention keeps.
             position_ids: [B, L] int64.
         """
-        refuse_long_rope(decoder.config, position_ids)
+        if not hidden.is_meta:
+            refuse_long_rope(decoder.config, position_ids)
         kinds = self.attention(decoder.config)
         inputs = {}
         for kind in dict.fromkeys(kinds):
-            # flash-attn takes no block-diagonal mask: this is None there, and transformers' varlen
-            # call finds the sequences in the position ids that the layer gets.
-            mask = MASKS[kind](
-                config=decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=None,
-                position_ids=position_ids,
-            )
+            mask = make_mask(kind, decoder.config, hidden, attention_mask, position_ids)
             inputs[kind] = {"attention_mask": mask, "position_ids": position_ids}
             if self.rotary is not None:
                 which = (kind,) if self.rotary_by_attention else ()
@@ -129,6 +123,29 @@ def family_of(config: PretrainedConfig) -> Family | None:
     if family is None or getattr(config, "use_bidirectional_attention", None):
         return None
     return family if set(family.attention(config)) <= MASKS.keys() else None
+
+
+def make_mask(
+    kind: str,
+    config: PretrainedConfig,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+) -> Any:
+    """[B, 1, L, L], or what else the attention in use reads; None where its own causality does."""
+    if hidden.is_meta:
+        # Without data none can see that no mask is needed: the plan counts the one that may be.
+        batch, length, _ = hidden.shape
+        return torch.empty(batch, 1, length, length, dtype=torch.bool, device="meta")
+    # flash-attn takes no block-diagonal mask: this is None there, and transformers' varlen call
+    # finds the sequences in the position ids that the layer gets.
+    return MASKS[kind](
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        position_ids=position_ids,
+    )
 
 
 def refuse_long_rope(config: PretrainedConfig, position_ids: Tensor) -> None:

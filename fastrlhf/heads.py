@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .logit_scale import declared_scale, declared_softcap, refuse_other_logits
+
 __all__ = ["LanguageModelHead", "RewardHead", "ValueHead", "last_states"]
 
 
@@ -25,22 +27,28 @@ class LanguageModelHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LanguageModelHead:
-        """The head of a transformers model, with the scale and cap that its config declares."""
+        """The head of a transformers model, with the scale and cap that its config declares.
+
+        Raises:
+            UserError: the model's logits are something else.
+        """
         output = model.get_output_embeddings()
-        config = model.config
-        scale = getattr(config, "logit_scale", None)
-        if scale is None:
-            # Granite divides where Cohere multiplies.
-            scaling = getattr(config, "logits_scaling", None)
-            scale = 1.0 if scaling is None else 1.0 / scaling
-        softcap = getattr(config, "final_logit_softcapping", None)
         bias = getattr(output, "bias", None)
-        return cls(output.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+        head = cls(
+            output.weight.detach(),
+            None if bias is None else bias.detach(),
+            declared_scale(model.config),
+            declared_softcap(model.config),
+        )
+        refuse_other_logits(model, head.weight, head.logits)
+        return head
 
     def through(self, output: nn.Module) -> LanguageModelHead:
         """The same scale and cap on the weights of ``output``, with gradients if they train."""
-        weight = output.get_parameter("weight")
-        return replace(self, weight=weight, bias=getattr(output, "bias", None))
+        given = (output.get_parameter("weight"), getattr(output, "bias", None))
+        weight, bias = (x if x is None or x.requires_grad else x.detach() for x in given)
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""

@@ -152,6 +152,19 @@ def test_what_is_sampled_is_what_a_plain_forward_says(family):
     torch.testing.assert_close(rollout.trunk[mask], trunk[mask], rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_known_without_data(family):
+    halves = split(family, 2)
+    halves.decoder.to("meta")
+    tokens, mask = (x.to("meta") for x in batch("left"))
+    row, position_ids = (x.to("meta") for x in packed(4, 7))
+    for given in ((tokens, mask, None), (row, None, position_ids)):
+        trunk = halves.trunk(*given)
+        hidden = halves.top(trunk, given[1], position_ids=given[2])
+        assert trunk.shape == hidden.shape == (*given[0].shape, 32)
+        hidden.sum().backward()
+
+
 def test_beyond_the_length_where_long_rope_changes_is_refused():
     halves = split("phi3 with long rope", 2)
     tokens, position_ids = packed(32, 20)

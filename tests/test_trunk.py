@@ -99,6 +99,8 @@ def test_a_role_may_swap_layers_and_norm():
 def test_a_role_may_be_another_decoder():
     halves = split()
     other = tiny.model(seed=7).get_decoder()
+    with torch.no_grad():
+        other.norm.weight.mul_(2)
     tokens, mask = batch()
     trunk = halves.trunk(tokens, mask)
     with torch.no_grad():
@@ -148,14 +150,16 @@ def test_recorded_is_the_trunk(at):
 
 def test_checkpointing_runs_a_layer_again_in_its_role():
     tokens, mask = batch()
-    gradients = []
+    gradients, runs = [], []
     for checkpointing in (False, True):
         halves = split(gradient_checkpointing=checkpointing)
         role, originals = frozen_originals(halves.decoder)
+        originals.layers[3].register_forward_pre_hook(lambda *_: runs.append(1))
         loss(halves.top(halves.trunk(tokens, mask), mask, role), mask).backward()
         gradients.append(originals.layers[3].mlp.up_proj.weight.grad)
         assert halves.decoder.layers[1].mlp.up_proj.weight.grad is None
         assert halves.decoder.layers[3].mlp.up_proj.weight.grad is None
+    assert len(runs) == 3, "once as it is, and with checkpointing once more in the backward"
     torch.testing.assert_close(*gradients)
 
 
