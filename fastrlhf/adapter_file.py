@@ -8,6 +8,7 @@ with this adapter. Weights are read from safetensors alone; pickled ones could r
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,23 +48,29 @@ class AdapterFile:
             if not (folder / name).is_file():
                 raise UserError(f"adapter {folder} holds no {name}: give a folder written by PEFT")
         try:
-            config = LoraConfig.from_pretrained(str(folder))
+            kind = json.loads((folder / CONFIG).read_text())["peft_type"]
+            # PEFT warns about settings of other kinds, which are refused in a sentence below.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = LoraConfig.from_pretrained(str(folder))
             state = load_file(folder / WEIGHTS)
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"adapter {folder} cannot be read ({reason}): give a folder written by PEFT"
             ) from error
-        check_kind(folder, config)
+        check_kind(folder, kind, config)
         check_fit(folder, config, state, model, first_layer)
         config.inference_mode, config.lora_dropout = False, 0.0
         return cls(folder, config, state)
 
 
-def check_kind(folder: Path, config: LoraConfig) -> None:
+def check_kind(folder: Path, kind: str, config: LoraConfig) -> None:
+    if kind != "LORA":
+        raise UserError(f"adapter {folder} has {kind}; give a plain LoRA adapter")
     other = {
-        str(json.loads((folder / CONFIG).read_text()).get("peft_type")): config.peft_type != "LORA",
         "DoRA": config.use_dora,
+        "layer_replication": config.layer_replication,
         f"bias={config.bias!r}": config.bias != "none",
         "modules_to_save": config.modules_to_save,
         f"init_lora_weights={config.init_lora_weights!r}": (

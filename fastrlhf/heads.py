@@ -45,8 +45,10 @@ class LanguageModelHead:
 
     def through(self, output: nn.Module) -> LanguageModelHead:
         """The same scale and cap on the weights of ``output``, with gradients if they train."""
-        weight = output.get_parameter("weight")
-        return replace(self, weight=weight, bias=getattr(output, "bias", None))
+        given = (output.get_parameter("weight"), getattr(output, "bias", None))
+        weight, bias = (x if x is None or x.requires_grad else x.detach() for x in given)
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""

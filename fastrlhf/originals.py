@@ -14,7 +14,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +31,9 @@ class Adapted(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        # Asking the model for its scale and cap takes a pass through its head: once, not each time
+        # that the head is asked for. Its weights may move to another device: they are not kept.
+        self.scaling = replace(LanguageModelHead.of(model), weight=torch.empty(0), bias=None)
 
     @property
     def adapted(self) -> PreTrainedModel:
@@ -56,14 +61,12 @@ class Adapted(nn.Module):
     @property
     def head(self) -> LanguageModelHead:
         """The policy's head; its weight requires a gradient where it trains."""
-        head = LanguageModelHead.of(self.model)
-        output = self.model.get_output_embeddings()
-        return head.through(output) if output.weight.requires_grad else head
+        return self.scaling.through(self.model.get_output_embeddings())
 
     @property
     def reference_head(self) -> LanguageModelHead:
         """The head of the originals."""
-        return LanguageModelHead.of(self.model)
+        return self.head
 
 
 class OwnTop(Adapted):
@@ -120,8 +123,7 @@ class OwnTop(Adapted):
 
     @property
     def reference_head(self) -> LanguageModelHead:
-        head = super().reference_head
-        return head if self.output is None else head.through(self.output)
+        return self.head if self.output is None else self.scaling.through(self.output)
 
 
 class OwnModel(Adapted):
@@ -148,7 +150,7 @@ class OwnModel(Adapted):
 
     @property
     def reference_head(self) -> LanguageModelHead:
-        return LanguageModelHead.of(self.adapted)
+        return self.scaling.through(self.adapted.get_output_embeddings())
 
 
 def top_parts(decoder: PreTrainedModel, top: int) -> list[tuple[nn.Module, str]]:

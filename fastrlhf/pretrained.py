@@ -95,8 +95,17 @@ class Pretrained:
             raise no_such_model(self.name, error) from error
         if quantization is None:
             model.to(device)  # type: ignore[arg-type]
+        else:
+            release_file(model)
         compute_dequantized(model)
         return model.eval()
+
+
+def release_file(model: transformers.PreTrainedModel) -> None:
+    """Copy what was not quantised: as a view it keeps the whole file, unquantised, in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int:

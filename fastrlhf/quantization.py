@@ -13,6 +13,7 @@ W is made again in the backward instead of being kept from the forward.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,12 @@ def dequantize(linear: nn.Module, dtype: torch.dtype) -> Tensor:
 
     weight: Any = linear.weight
     if (state := getattr(weight, "quant_state", None)) is not None:
-        return dequantize_4bit(weight, state).to(dtype)
+        # bitsandbytes 0.50's CPU kernel starts a block at every row, where blocks run across rows:
+        # rows that are not whole blocks come back wrong. As rows of one block each they do not.
+        rows, size = copy.copy(state), state.shape.numel()
+        width = state.blocksize if size % state.blocksize == 0 else size
+        rows.shape = torch.Size((size // width, width))
+        return dequantize_4bit(weight, rows).view(state.shape).to(dtype)
     # bitsandbytes moves the scales from the weight to the module when it first runs.
     held: Any = linear.state if weight.SCB is None else weight
     return weight.data.to(dtype).mul_(held.SCB[:, None] * (1 / INT8_RANGE))
@@ -169,7 +175,7 @@ def check_quantization(
         raise UserError(
             f"quantization {quantization} needs bitsandbytes; run: pip install bitsandbytes"
         ) from None
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError, OSError) as error:
+    except (AssertionError, AttributeError, OSError, RuntimeError, ValueError) as error:
         works, reason = False, " ".join(str(error).split())[:120]
     if not works:
         raise UserError(
