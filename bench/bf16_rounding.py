@@ -33,7 +33,7 @@ SHAPE = dict(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
     tie_word_embeddings=True,
 )  # fmt: skip
-BATCH, LENGTH = 8, 96
+BATCH, LENGTH = 8, 64
 LEARNING_RATE = 1e-6
 # What the weights are kept in, and whether they are rounded stochastically.
 VARIANTS = {
@@ -88,7 +88,7 @@ def numbers(model: LlamaForCausalLM) -> Tensor:
 
 
 def compare(
-    seed: int, *, pretraining: int = 300, steps: int = 400, shape: dict[str, Any] = SHAPE
+    seed: int, *, pretraining: int = 150, steps: int = 200, shape: dict[str, Any] = SHAPE
 ) -> list[dict[str, Any]]:
     """A row for each of VARIANTS."""
     torch.manual_seed(seed)
