@@ -76,7 +76,7 @@ def measure() -> dict[str, Any]:
     # One minibatch: the update is over all 2048 tokens, in the recipe's microbatches.
     trainer.config = replace(config, num_mini_batches=1)
     (rows,) = trainer.deal(SEQUENCES)
-    layouts = trainer.cut(rollout.sequences, [rows])
+    layouts = trainer.cut(rollout.sequences, [rows], config.microbatch_tokens)
     experience = score(trainer.backbone, rollout, layouts, config)
     noise = torch.randn_like(experience.values)
     experience = experience.with_advantages(noise, noise)

@@ -96,6 +96,7 @@ class SharedBackbone(nn.Module):
         if critic == "adapter":
             self.peft.add_adapter("critic", trained)
         self.critic = critic
+        self.has_reference = True
         self.value_head = ValueHead(config.hidden_size) if critic else None
         self.head = LanguageModelHead.of(model)
         self.halves: Decoder = split_decoder(
@@ -151,11 +152,6 @@ class SharedBackbone(nn.Module):
         finally:
             for module, (active, disabled) in zip(self.adapted, before, strict=True):
                 module._active_adapter, module._disable_adapters = active, disabled
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether there is a reference to compare the policy with."""
-        return True
 
     @property
     def reference_head(self) -> LanguageModelHead:

@@ -95,10 +95,10 @@ class Updater:
         Args:
             losses: each makes the loss of a microbatch anew; with optimizer_in_backward there is
                 one, and to clip by the norm of all gradients it is called twice.
-            check: is given the microbatches' losses before any weight changes, and may raise.
+            check: is given the losses, detached, before any weight changes, and may raise.
 
         Returns:
-            The losses, detached, and the norm of all gradients before clipping, [] float32.
+            The same losses, and the norm of all gradients before clipping, [] float32.
 
         Raises:
             UserError: several microbatches with optimizer_in_backward.
@@ -152,7 +152,7 @@ class Updater:
             self.step_one(gradient, self.factor(norm))
 
         part = make()
-        check([part])
+        check([part.detached()])
         with self.arriving(step):
             part.loss.backward()
         return [part.detached()], self.finite_total(norms)
@@ -165,7 +165,7 @@ class Updater:
             norms[parameter] = gradient_norm(gradient)
 
         part = make()
-        check([part])
+        check([part.detached()])
         with self.arriving(measure):
             part.loss.backward()
         part = part.detached()
