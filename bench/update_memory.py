@@ -35,13 +35,13 @@ SMOLLM2_135M = dict(
 SEQUENCES, PROMPT, RESPONSE = 64, 8, 24
 
 
-def make_rollout(vocab: int) -> Rollout:
-    tokens = torch.randint(3, vocab, (SEQUENCES, PROMPT + RESPONSE))
+def make_rollout(vocab: int, sequences: int = SEQUENCES) -> Rollout:
+    tokens = torch.randint(3, vocab, (sequences, PROMPT + RESPONSE))
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    prompts = Prompts(["p"] * SEQUENCES, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * SEQUENCES)
+    prompts = Prompts(["p"] * sequences, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * sequences)
     return Rollout(
-        prompts, ["c"] * SEQUENCES, tokens, mask, mask[:, PROMPT:],
-        torch.zeros(SEQUENCES, RESPONSE), torch.zeros(SEQUENCES, dtype=torch.bool),
+        prompts, ["c"] * sequences, tokens, mask, mask[:, PROMPT:],
+        torch.zeros(sequences, RESPONSE), torch.zeros(sequences, dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def measure() -> dict[str, Any]:
     # One minibatch: the update is over all 2048 tokens, in the recipe's microbatches.
     trainer.config = replace(config, num_mini_batches=1)
     (rows,) = trainer.deal(SEQUENCES)
-    layouts = trainer.cut(rollout.sequences, [rows])
+    layouts = trainer.cut(rollout.sequences, [rows], config.microbatch_tokens)
     experience = score(trainer.backbone, rollout, layouts, config)
     noise = torch.randn_like(experience.values)
     experience = experience.with_advantages(noise, noise)

@@ -52,7 +52,8 @@ class PPOConfig:
     num_ppo_epochs: int = 4
     """Passes over each rollout."""
     microbatch_tokens: int = 512
-    """Prompt and response tokens in one forward and backward; at least one sequence."""
+    """Prompt and response tokens in one forward and backward, padding counted; at least one
+    sequence. Halved for the rest of the run where memory runs out."""
     microbatching: Literal["sorted", "packed", "in_order"] = "sorted"
     """How a minibatch is cut: sequences of like length together, each microbatch padded to its own
     longest; without padding at all, one behind the other; or as they come, all padded alike."""
@@ -175,6 +176,14 @@ class PPOConfig:
             self.optim != "adamw_torch" or self.use_peft or not self.bf16,
             "adamw_torch would train bfloat16 weights with states in bfloat16, which loses small "
             "steps; set optim to adamw_8bit",
+        )
+        require(
+            self.trunk_cache_mb is None or self.trunk_cache_mb >= 0,
+            "trunk_cache_mb must not be negative",
+        )
+        require(
+            self.trunk_cache or self.trunk_cache_mb is None,
+            "trunk_cache_mb needs trunk_cache: true; leave it out to keep nothing",
         )
         check_one_microbatch(self)
 

@@ -14,6 +14,7 @@ from .data import PromptSet
 from .errors import UserError
 from .experience import score
 from .microbatches import cut
+from .out_of_memory import MicrobatchBudget
 from .rewards.functions import RewardScorer
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
@@ -41,8 +42,13 @@ def evaluate(
     reward: RewardScorer,
     held_out: PromptSet,
     config: PPOConfig,
+    budget: MicrobatchBudget | None = None,
 ) -> Evaluation:
-    """Sample one completion a prompt with the run's seed and judge them."""
+    """Sample one completion a prompt with the run's seed and judge them.
+
+    Args:
+        budget: of tokens a microbatch, which is the run's where it has been halved.
+    """
     prompts = held_out.batch(backbone.device)
     # Seeds of training batches are not these: no evaluation draw is a training draw.
     generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
@@ -51,7 +57,7 @@ def evaluate(
     judged = scores[~scores.isnan()]
     if not len(judged):
         raise UserError("the reward returned None for every held-out prompt; nothing to compare")
-    experience = score_all(backbone, rollout, config)
+    experience = score_all(backbone, rollout, config, budget or MicrobatchBudget(config))
     mask = experience.response_mask
     return Evaluation(
         score=float(judged.mean()),
@@ -64,10 +70,16 @@ def evaluate(
     )
 
 
-def score_all(backbone: SharedBackbone, rollout: Rollout, config: PPOConfig) -> Experience:
+def score_all(
+    backbone: SharedBackbone, rollout: Rollout, config: PPOConfig, budget: MicrobatchBudget
+) -> Experience:
     rows = torch.arange(len(rollout.tokens))
-    layouts = cut(rollout.sequences, rows, config.microbatching, config.microbatch_tokens)
-    return score(backbone, rollout, layouts, config)
+    return budget.run(
+        lambda tokens: cut(rollout.sequences, rows, config.microbatching, tokens),
+        lambda layouts: score(backbone, rollout, layouts, config),
+        # A smaller microbatch would be too small for the update.
+        lambda: not config.optimizer_in_backward,
+    )
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:

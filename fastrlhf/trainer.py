@@ -37,6 +37,7 @@ from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
+from .out_of_memory import MicrobatchBudget
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
@@ -126,6 +127,7 @@ class PPOTrainer:
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
         self.updater = Updater(self.optimizer, self.schedule, config)
+        self.budget = MicrobatchBudget(config, self.display.say)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
 
@@ -194,8 +196,10 @@ class PPOTrainer:
             scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
         with self.timer("score"), self.audited():
             minibatches = self.deal(len(prompts))
-            experience = score(
-                self.backbone, rollout, self.cut(rollout.sequences, minibatches), config
+            experience = self.budget.run(
+                partial(self.cut, rollout.sequences, minibatches),
+                lambda layouts: score(self.backbone, rollout, layouts, config),
+                lambda: self.updater.can_repeat,
             )
             experience, scores = experience.judged_by(scores)
             learnt = self.algorithm.advantages(scores, experience, config)
@@ -210,7 +214,7 @@ class PPOTrainer:
                     losses += self.update(experience, rows, spec, first=not losses)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
-        return line | checks | self.timer.take_step()
+        return line | checks | self.budget.metrics() | self.timer.take_step()
 
     def update(
         self, experience: Experience, rows: Tensor, spec: PolicyLossSpec, *, first: bool
@@ -224,16 +228,23 @@ class PPOTrainer:
         if num_items == 0:
             return []
 
+        steps = False
+
         def loss(layout: Layout) -> MicrobatchLoss:
             batch = gather(self.backbone, experience, layout)
             return microbatch_loss(self.backbone, batch, spec, self.config, num_items)
 
         def check(parts: list[MicrobatchLoss]) -> None:
+            nonlocal steps
             if first:
                 check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
+            steps = True
 
-        layouts = self.cut(experience.sequences, [rows])
-        parts, norm = self.updater.update([partial(loss, x) for x in layouts], check)
+        parts, norm = self.budget.run(
+            partial(self.cut, experience.sequences, [rows]),
+            lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
+            lambda: self.updater.can_repeat and not steps,
+        )
         return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
     @contextmanager
@@ -257,10 +268,10 @@ class PPOTrainer:
         order = torch.randperm(batch, generator=self.shuffler)
         return list(order.chunk(self.config.num_mini_batches))
 
-    def cut(self, sequences: Sequences, minibatches: list[Tensor]) -> list[Layout]:
-        """The microbatches of minibatches."""
-        given = (self.config.microbatching, self.config.microbatch_tokens)
-        return [layout for rows in minibatches for layout in cut(sequences, rows, *given)]
+    def cut(self, sequences: Sequences, minibatches: list[Tensor], tokens: int) -> list[Layout]:
+        """The microbatches of minibatches; first epoch and scoring have the same."""
+        way = self.config.microbatching
+        return [layout for rows in minibatches for layout in cut(sequences, rows, way, tokens)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -279,7 +290,9 @@ class PPOTrainer:
 
     def evaluate(self, when: str, step: int) -> Evaluation:
         with self.timer("evaluate"):
-            result = evaluate(self.engine, self.backbone, self.reward, self.held_out, self.config)
+            result = evaluate(
+                self.engine, self.backbone, self.reward, self.held_out, self.config, self.budget
+            )
         self.timer.take_step()
         for sample in zip(result.prompts, result.completions, result.scores, strict=True):
             record = dict(zip(("prompt", "completion", "score"), sample, strict=True))

@@ -23,6 +23,8 @@ from test_experience import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrlhf.backbone import SharedBackbone
+from fastrlhf.config import PPOConfig
+from fastrlhf.errors import UserError
 from fastrlhf.microbatches import Sequences, cut
 from fastrlhf.trunk_cache import TrunkCache
 
@@ -165,3 +167,13 @@ def test_a_cache_lives_as_long_as_its_experience(scene):
     assert states() is not None
     del experience
     assert states() is None
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(UserError, match="trunk_cache_mb must not be negative"):
+        PPOConfig(trunk_cache_mb=-1)
+    with pytest.raises(UserError, match="trunk_cache_mb needs trunk_cache"):
+        PPOConfig(trunk_cache=False, trunk_cache_mb=100)
+    with pytest.raises(UserError, match="'sorted' or 'packed' or 'in_order'"):
+        PPOConfig(microbatching="random")
+    assert PPOConfig(trunk_cache_mb=0).trunk_cache
