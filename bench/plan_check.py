@@ -39,8 +39,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def measure(name: str) -> dict[str, Any]:
     """Run one configuration in this process."""
+    # What a run would import on its way is there before it is measured.
+    import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.integrations.bitsandbytes
+    import transformers.models.llama.modeling_llama
+    import transformers.quantizers.quantizer_bnb_4bit  # noqa: F401
 
     from fastrlhf import PPOConfig, PPOTrainer
     from fastrlhf.rewards.functions import load_reward

@@ -47,7 +47,7 @@ class Fitting:
 
     def table(self) -> str:
         """The changes as lines of text."""
-        return "\n".join(f"  {str(x):36}saves {size(x.saves)}" for x in self.changes)
+        return "\n".join(f"  {x!s:36}saves {size(x.saves)}" for x in self.changes)
 
 
 def halves(value: int, least: int) -> list[int]:
