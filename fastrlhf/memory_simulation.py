@@ -80,7 +80,7 @@ class NoSteps(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
 

@@ -73,7 +73,7 @@ def test_names_of_the_hub_and_paths_find_their_shape(tmp_path):
     with pytest.raises(UserError, match=r"give the path of its config.json.*Qwen3-8B"):
         architecture("qwen3-8c")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a model's config.json"):
+    with pytest.raises(UserError, match=r"not a model's config\.json"):
         architecture(str(tmp_path))
 
 
@@ -103,10 +103,8 @@ def test_components_are_the_bytes_of_the_real_objects(mode, monkeypatch):
     )
     assert planned.components["value head"] == 4 * (tiny.config().hidden_size + 1)
     weights = planned.components["base weights"] + planned.components["embedding and head"]
-    assert (
-        weights == tensor_bytes(list(tiny.model().parameters()), list(tiny.model().buffers())) * 1
-        or weights == real.components["base weights"] + real.components["embedding and head"]
-    )
+    model = tiny.model()
+    assert weights == tensor_bytes(list(model.parameters()), list(model.buffers()))
     c, length = tiny.config(), PROMPT + config.response_length
     cache = 2 * c.num_hidden_layers * 8 * c.num_key_value_heads * length * 8 * 4
     assert planned.components["KV cache"] == cache
