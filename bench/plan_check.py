@@ -39,8 +39,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def measure(name: str) -> dict[str, Any]:
     """Run one configuration in this process."""
+    # What a run would import on its way is there before it is measured.
+    import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.integrations.bitsandbytes
+    import transformers.models.llama.modeling_llama
+    import transformers.quantizers.quantizer_bnb_4bit  # noqa: F401
 
     from fastrlhf import PPOConfig, PPOTrainer
     from fastrlhf.rewards.functions import load_reward
@@ -77,10 +81,10 @@ def main() -> None:
             continue
         row = json.loads(found[0].removeprefix("RESULT "))
         rows.append({"bench": "plan_check"} | row)
-        told = [
-            f"{phase} {x['planned']:.0f}/{x['measured']:.0f} ({x['planned'] / x['measured'] - 1:+.1%})"
-            for phase, x in row["memory_mb"].items()
-        ]
+        told = []
+        for phase, x in row["memory_mb"].items():
+            planned, measured = x["planned"], x["measured"]
+            told.append(f"{phase} {planned:.0f}/{measured:.0f} ({planned / measured - 1:+.1%})")
         print(f"{name:16}", ", ".join(told), flush=True)
     if "--print" not in sys.argv:
         from results import write

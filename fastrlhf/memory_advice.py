@@ -47,7 +47,7 @@ class Fitting:
 
     def table(self) -> str:
         """The changes as lines of text."""
-        return "\n".join(f"  {str(x):36}saves {size(x.saves)}" for x in self.changes)
+        return "\n".join(f"  {x!s:36}saves {size(x.saves)}" for x in self.changes)
 
 
 def halves(value: int, least: int) -> list[int]:
@@ -89,9 +89,7 @@ STEPS: dict[str, Values] = {
     "eval_prompts": lambda c, s: [c.batch_size] if c.eval_prompts > c.batch_size else [],
     "optim": lambda c, s: ["adamw_8bit"],
     "bf16": lambda c, s: [True],
-    "train_layers": lambda c, s: halves(
-        s.depth if c.train_layers == "all" else c.train_layers, 1
-    ),
+    "train_layers": lambda c, s: halves(s.depth if c.train_layers == "all" else c.train_layers, 1),
     "lora_rank": lambda c, s: halves(c.lora_rank, 4) if c.use_peft else [],
     "use_peft": lambda c, s: [True],
     "quantization": lambda c, s: ["int8", "nf4"] if c.use_peft else [],

@@ -80,7 +80,7 @@ class NoSteps(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
 
@@ -126,6 +126,8 @@ class Simulation:
             if config.eval_prompts > config.batch_size:
                 self.phase("evaluate", self.evaluate)
             rollout = self.phase("rollout", self.rollout, config.batch_size)
+            # Sequences at the left edge need no mask, and torch finds that out.
+            self.tracker.answer = config.microbatching == "sorted"
             experience = self.phase("score", self.score, rollout)
             self.phase("update", self.update, experience)
         file_bytes = self.source.file_bytes(self.backbone.head.weight.dtype, config.quantization)
@@ -175,6 +177,7 @@ class Simulation:
         with torch.device(self.device):
             tokens = torch.zeros(batch, self.length, dtype=torch.int64)
             mask = torch.ones(batch, self.length, dtype=torch.bool)
+            mask[0, 0] = False
             logprobs = torch.zeros(batch, config.response_length)
             ended = torch.zeros(batch, dtype=torch.bool)
         prompt = (tokens[:, : self.prompt].clone(), mask[:, : self.prompt].clone())
@@ -214,6 +217,7 @@ class Simulation:
         rollout = engine.finish(prompts, tokens, mask, logprobs, ended, kept)
         # The cuts are worked out in host memory, of masks whose values are known.
         masks = (torch.ones(batch, self.length), torch.ones(batch, config.response_length))
+        masks[0][0, 0] = 0.0
         vars(rollout)["sequences"] = Sequences(*(mask.bool() for mask in masks))
         return rollout
 
@@ -229,7 +233,10 @@ class Simulation:
         return experience
 
     def evaluate(self) -> None:
-        self.score(self.rollout(self.config.eval_prompts))
+        rollout = self.rollout(self.config.eval_prompts)
+        self.tracker.answer = self.config.microbatching == "sorted"
+        self.score(rollout)
+        self.tracker.answer = False
 
     def update(self, experience: Experience) -> None:
         """One step of the optimizer."""

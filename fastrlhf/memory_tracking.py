@@ -9,8 +9,8 @@ it counts the same code by the same rule. What it cannot see is counted for it o
    constant for all of it.
 3. On the meta device attention would run as its textbook formula. It goes to the operator that the
    planned device would run.
-4. A question about data that is not there ("is nothing masked?") is answered no, and as many rows as
-   there can be are selected by a mask: the dearer case of each.
+4. A question about data that is not there ("is nothing masked?") is answered by `answer`, and as
+   many rows as there can be are selected by a mask.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
         self.device = device
+        # What code is told that asks a meta tensor a question: "is nothing masked?"
+        self.answer = False
         self.live = 0
         self.peak = 0
         self._known: dict[int, weakref.ref] = {}
@@ -70,7 +72,7 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        answer = without_data(func, args)
+        answer = without_data(func, args, self.answer)
         result = func(*args, **(kwargs or {})) if answer is None else answer
         for x in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(x, Tensor):
@@ -133,7 +135,7 @@ def elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
     return torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
 
 
-def without_data(func: Any, args: tuple[Any, ...]) -> Any:
+def without_data(func: Any, args: tuple[Any, ...], answer: bool) -> Any:
     """What an operator answers that would read a meta tensor's data; None: it does not."""
     given = args[0] if args else None
     if not isinstance(given, Tensor) or given.device.type != "meta":
@@ -141,7 +143,7 @@ def without_data(func: Any, args: tuple[Any, ...]) -> Any:
     if func in ELEMENTWISE or func in IN_PLACE:
         return elementwise(func, args)
     if func is aten._local_scalar_dense.default:
-        return False if given.dtype == torch.bool else 0
+        return answer if given.dtype == torch.bool else 0
     if func is aten.nonzero.default:
         return given.new_empty(given.numel(), given.dim(), dtype=torch.int64)
     if func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1]):

@@ -181,9 +181,9 @@ def step_metrics(
 class PhaseMemory:
     """The most bytes that each phase has held so far, `peaks`; empty where no system tells.
 
-    On a GPU: tensors, as torch's allocator counts them. On a CPU: the process's resident size beyond
-    what it was when this was made, imports and all; Linux only. The system's own high-water mark is
-    reset at the start of each phase, so `highest` keeps that of the whole process.
+    On a GPU: tensors, as torch's allocator counts them. On a CPU: the process's resident size
+    beyond what it was when this was made, imports and all; Linux only. The system's own high-water
+    mark is reset at the start of each phase, so `highest` keeps that of the whole process.
     """
 
     def __init__(self) -> None:
