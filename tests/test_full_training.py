@@ -1,4 +1,4 @@
-"""Full training at a real model's shape stays within its bytes, measured in a process of its own."""
+"""Full training at a real model's shape stays within its bytes, in a process of its own."""
 
 import json
 import subprocess
