@@ -88,7 +88,7 @@ def test_the_plan_without_data_is_that_of_the_same_steps_with_data(mode, monkeyp
     _, real = simulation(config, device="cpu")
     assert list(planned.peaks) == list(real.peaks) == ["load", "rollout", "score", "update"]
     for phase, peak in real.peaks.items():
-        assert planned.peaks[phase] == pytest.approx(peak, rel=0.03), phase
+        assert planned.peaks[phase] == pytest.approx(peak, rel=0.05), phase
     assert planned.components["base weights"] == real.components["base weights"]
 
 
