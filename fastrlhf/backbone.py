@@ -21,7 +21,7 @@ from .adapters import LoraSettings
 from .errors import UserError
 from .heads import last_states
 from .pretrained import Pretrained, find_pretrained
-from .quantization import Quantization, layer_weights
+from .quantization import Quantization, is_quantized, layer_weights
 from .roles import Role, Roles
 from .trunk import Decoder, WholeDecoder, split_decoder
 
@@ -168,10 +168,16 @@ class SharedBackbone(Roles):
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
     ) -> dict[Role, Tensor]:
-        """`hidden` of several roles without gradients, each layer for all of them in turn.
+        """`hidden` of several roles without gradients, to the same bits.
 
-        The same bits as `hidden`; a quantised weight is dequantised once.
+        Quantised layers are run for all roles in turn, so that a weight is dequantised once. Others
+        are not: changing the role costs more than a layer that is there already.
         """
+        if not is_quantized(self.model):
+            with torch.no_grad():
+                return {
+                    role: self.hidden(role, trunk, attention_mask, position_ids) for role in roles
+                }
         contexts = [partial(self.role, role) for role in roles]
         states = self.halves.top_together(trunk, attention_mask, contexts, position_ids)
         return dict(zip(roles, states, strict=True))

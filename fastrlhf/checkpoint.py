@@ -47,6 +47,8 @@ def save_own_layers(backbone: SharedBackbone, folder: Path) -> None:
     """Write what full training trained, if that is how the policy is trained."""
     if backbone.entire:
         backbone.model.save_pretrained(folder)
+        if backbone.tokenizer is not None:
+            backbone.tokenizer.save_pretrained(folder)
     elif backbone.lora is None:
         own = {id(p) for p in backbone.base.own()}
         with backbone.base.placed(originals=False):

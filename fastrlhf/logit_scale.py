@@ -1,12 +1,14 @@
 """What a model does to its logits after the output layer: softcap(scale · (W h + b)).
 
 Families declare scale and cap in their configurations under many names, and one that is missed
-would give logits that are wrong without a sign. So the model's own code is asked for one row, with
-a decoder that returns what it is told, and any other answer is refused.
+would give logits that are wrong without a sign. So the model's own code is asked for a row of small
+logits, where a scale shows, and for one of large ones, where a cap does, with a decoder that
+returns what it is told. Another answer is refused, if it differs by more than rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,9 @@ MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVIDES = ("logits_scaling", "logits_mup_width_multiplier")
 # final_logit_softcapping: Gemma 2 and later. The others: RecurrentGemma, xLSTM.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# How large the largest logit of the second row is, about: beyond the caps in use, 15 to 50.
+PROBE = 100.0
 
 # What transformers does otherwise than the name says.
 MULTIPLIES_ALL_THE_SAME = {"hyperclovax": "logits_scaling"}
@@ -68,22 +73,35 @@ def refuse_other_logits(
         return
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    theirs = computed_logits(model, hidden)
+    size = float(theirs.abs().max())
+    rows = [(hidden, theirs)]
+    if 0 < size < math.inf:
+        # A power of 2 rounds nothing itself.
+        large = hidden * 2.0 ** round(math.log2(PROBE / size))
+        rows.append((large, computed_logits(model, large)))
+    for states, theirs in rows:
+        ours = logits(states)
+        # The model rounds its logits to its own dtype; a scale left out is off by far more.
+        slack = max(4 * torch.finfo(theirs.dtype).eps, 1e-4) * theirs.abs().max()
+        if ours.shape != theirs.shape or bool((ours - theirs).abs().max() > slack):
+            raise UserError(
+                f"{model.config.model_type} models compute more after the last norm than an output "
+                "layer with a scale and a cap, which is all the fused losses know: use another "
+                "model"
+            )
+
+
+def computed_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What a model makes of final hidden states [1, 1, D]: its logits, [1, 1, V]."""
     decoder = model.get_decoder()
     before = vars(decoder).get("forward")
     decoder.forward = lambda *args, **kwargs: DecoderOutput(last_hidden_state=hidden)
     try:
-        token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-        theirs = model(input_ids=token, use_cache=False, return_dict=True).logits
+        token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        return model(input_ids=token, use_cache=False, return_dict=True).logits
     finally:
         if before is None:
             del decoder.forward
         else:
             decoder.forward = before
-    ours = logits(hidden)
-    # The model rounds its logits to its own dtype; a scale left out is off by far more.
-    slack = torch.finfo(theirs.dtype).eps ** 0.5 * theirs.abs().max()
-    if ours.shape != theirs.shape or bool((ours - theirs).abs().max() > slack):
-        raise UserError(
-            f"{model.config.model_type} models compute more after the last norm than an output "
-            "layer with a scale and a cap, which is all the fused losses know: use another model"
-        )

@@ -79,7 +79,8 @@ def reference_arguments(backbone: SharedBackbone, ref_hidden: Tensor | None) -> 
     if ref_hidden is None:
         return {"ref_hidden": None}
     head = backbone.reference_head
-    if head is backbone.head:
+    # The ops multiply policy and reference with a shared head in one product.
+    if head.weight is backbone.head.weight:
         return {"ref_hidden": ref_hidden}
     return {"ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 

@@ -81,6 +81,20 @@ def test_a_scale_or_cap_that_is_missed_is_refused(kind, dtype, monkeypatch):
         LanguageModelHead.of(made)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("missed", [dict(final_logit_softcapping=30.0), dict(logit_scale=1.05)])
+def test_what_changes_logits_little_is_refused_too(missed, dtype, monkeypatch):
+    kind = "gemma2" if "final_logit_softcapping" in missed else "cohere"
+    torch.manual_seed(0)
+    settings = SIZES | FAMILIES[kind][0] | missed
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).to(dtype).eval()
+    LanguageModelHead.of(made)
+    monkeypatch.setattr(fastrlhf.heads, "declared_scale", lambda config: 1.0)
+    monkeypatch.setattr(fastrlhf.heads, "declared_softcap", lambda config: None)
+    with pytest.raises(UserError, match="compute more"):
+        LanguageModelHead.of(made)
+
+
 def test_a_head_of_several_layers_is_refused():
     config = AutoConfig.for_model("bert", **SIZES, is_decoder=True)
     with pytest.raises(UserError, match="use another model"):
