@@ -14,15 +14,25 @@ if TYPE_CHECKING:
     from .backbone import SharedBackbone
     from .config import PPOConfig, load_config
     from .errors import SelfCheckError, UserError
+    from .families import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
     from .trainer import PPOTrainer, Summary
+    from .trainers import A2CTrainer, GRPOTrainer, ReinforceTrainer, RLOOTrainer
 
 __all__ = [
+    "A2CConfig",
+    "A2CTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
     "PPOConfig",
     "PPOTrainer",
     "PolicyLoss",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "ReinforceConfig",
+    "ReinforceTrainer",
     "SelfCheckError",
     "SharedBackbone",
     "Summary",
@@ -33,11 +43,19 @@ __all__ = [
 __version__ = version("fastrlhf")
 
 HOMES = {
+    "A2CConfig": "families",
+    "A2CTrainer": "trainers",
+    "GRPOConfig": "families",
+    "GRPOTrainer": "trainers",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
     "PolicyLoss": "loss_modules",
+    "RLOOConfig": "families",
+    "RLOOTrainer": "trainers",
+    "ReinforceConfig": "families",
+    "ReinforceTrainer": "trainers",
     "SelfCheckError": "errors",
     "SharedBackbone": "backbone",
     "Summary": "trainer",

@@ -1,6 +1,6 @@
 """The command line: `fastrlhf ppo --config sentiment key=value`, `fastrlhf bench --quick`.
 
-Every setting of `PPOConfig` is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
+Every setting of a verb's configuration is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
 Results go to standard output, everything else to standard error; a bad input is one sentence there
 and exit status 2.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from .config import describe_settings, load_config
 from .errors import SelfCheckError, UserError
+from .families import FAMILIES
 
 __all__ = ["main"]
 
@@ -37,16 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fastrlhf", description="RLHF for one memory-constrained GPU, or none."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    ppo = verbs.add_parser(
-        "ppo",
-        help="train a language model with PPO",
-        description="Train a language model with PPO. Prints the summary as one line of JSON.",
-        epilog="Settings, each given as --key value or key=value (what a recipe does not set has "
-        f"the default shown):\n{describe_settings()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+    add_trainers(verbs)
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -60,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_kernels(rest)
         if arguments.verb == "bench":
             return run_bench(arguments.checkout, rest)
-        return train_ppo(arguments.config, overrides(rest), started)
+        return train(arguments.verb, arguments.config, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        kept = "; what was written is in the run's folder" if arguments.verb == "ppo" else ""
+        kept = "; what was written is in the run's folder" if arguments.verb in FAMILIES else ""
         print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
         return 130
 
@@ -87,17 +79,33 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def train_ppo(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
-    config = load_config(recipe, settings)
+def add_trainers(verbs: argparse._SubParsersAction) -> None:
+    for verb, kind in FAMILIES.items():
+        known_as = ", ".join(kind.family)
+        trains = verbs.add_parser(
+            verb,
+            help=f"train a language model with {verb.upper()}",
+            description=f"Train a language model; algorithm: {known_as}. Prints the summary as one "
+            "line of JSON.",
+            epilog="Settings, each given as --key value or key=value (what a recipe does not set "
+            f"has the default shown):\n{describe_settings(kind)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+
+
+def train(verb: str, recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
+    config = load_config(recipe, settings, FAMILIES[verb])
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from fastrlhf_kernels import VocabTensorError
 
-    from .trainer import PPOTrainer
+    from .trainers import TRAINERS
 
-    name = Path(recipe).stem if recipe else "ppo"
+    name = Path(recipe).stem if recipe else None
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     try:
-        summary = PPOTrainer(args=config, name=name, started=started).train()
+        summary = TRAINERS[verb](args=config, name=name, started=started).train()
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))

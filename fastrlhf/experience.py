@@ -55,7 +55,9 @@ def score_part(
     else:
         trunk = rollout.trunk[rows]
     hidden = backbone.hidden("policy", trunk, attention_mask)
-    values = response_states(backbone.values(hidden, trunk, attention_mask), length)
+    values = torch.zeros(mask.shape, device=mask.device)
+    if config.critic is not None:
+        values = response_states(backbone.values(hidden, trunk, attention_mask), length)
     states = response_states(hidden, length)
     ref_states = response_states(backbone.hidden("reference", trunk, attention_mask), length)
     head = backbone.head

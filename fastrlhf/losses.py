@@ -23,15 +23,15 @@ from .types import Experience
 if TYPE_CHECKING:
     from .backbone import SharedBackbone
 
-__all__ = ["MicrobatchLoss", "microbatch_loss", "response_states"]
+__all__ = ["MicrobatchLoss", "microbatch_loss", "policy_items", "response_states"]
 
 
 class MicrobatchLoss(NamedTuple):
     """A microbatch's share of its minibatch's loss; shares add up."""
 
-    loss: Tensor  # [] policy.loss + vf_coef · value.loss
+    loss: Tensor  # [] policy.loss, and vf_coef · value.loss with a critic
     policy: LossOutput[LossStats]
-    value: LossOutput[ValueStats]
+    value: LossOutput[ValueStats] | None  # None without a critic
     grad_norm: Tensor | None = None  # [] before clipping, once the whole minibatch is in
 
     def detached(self) -> MicrobatchLoss:
@@ -39,7 +39,7 @@ class MicrobatchLoss(NamedTuple):
         return MicrobatchLoss(
             self.loss.detach(),
             self.policy._replace(loss=self.policy.loss.detach()),
-            self.value._replace(loss=self.value.loss.detach()),
+            self.value and self.value._replace(loss=self.value.loss.detach()),
         )
 
     @staticmethod
@@ -49,13 +49,16 @@ class MicrobatchLoss(NamedTuple):
         def total(column: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(column)).sum()
 
-        policies, values = [p.policy for p in parts], [p.value for p in parts]
+        policies, values = [p.policy for p in parts], [p.value for p in parts if p.value]
         policy = LossStats(*map(total, zip(*(p.stats for p in policies), strict=True)))
-        value = ValueStats(*map(total, zip(*(v.stats for v in values), strict=True)))
+        value = None
+        if values:
+            clipfrac = ValueStats(total(v.stats.clipfrac for v in values))
+            value = LossOutput(total(v.loss for v in values), clipfrac)
         return MicrobatchLoss(
             total(p.loss for p in parts),
             LossOutput(total(p.loss for p in policies), policy),
-            LossOutput(total(v.loss for v in values), value),
+            value,
         )
 
 
@@ -64,19 +67,32 @@ def response_states(hidden: Tensor, response_length: int) -> Tensor:
     return hidden[:, -response_length - 1 : -1]
 
 
+def policy_items(spec: PolicyLossSpec, mask: Tensor, response_length: int) -> int:
+    """By what the policy loss of a minibatch is divided (docs/math.md, section 3.5).
+
+    mask: [B, T] bool of the whole minibatch. response_length: tokens that a response may have.
+    """
+    if spec.aggregation == "token_mean":
+        return int(mask.sum())
+    sequences = int(mask.any(1).sum())
+    return sequences if spec.aggregation == "sequence_mean" else sequences * response_length
+
+
 def microbatch_loss(
     backbone: SharedBackbone,
     batch: Experience,
     spec: PolicyLossSpec,
     config: PPOConfig,
     num_items: int,
+    num_policy_items: int | None = None,
 ) -> MicrobatchLoss:
-    """Policy and value loss of ``batch``.
+    """Policy loss and, with a critic, value loss of ``batch``.
 
     Args:
         batch: some sequences of a minibatch.
         spec: the policy loss.
         num_items: response tokens in the whole minibatch, by which sums are divided.
+        num_policy_items: of `policy_items`, where the policy loss is divided by something else.
     """
     length = batch.responses.shape[1]
     mask = batch.response_mask
@@ -84,6 +100,7 @@ def microbatch_loss(
     head = backbone.head
     exact = spec.kl_coef > 0 and spec.kl_estimator == "exact"
     ref_hidden, ref_logprobs = batch.ref_hidden, batch.ref_logprobs
+    items = num_items if num_policy_items is None else num_policy_items
     policy = linear_policy_loss(
         response_states(hidden, length)[mask],
         head.weight,
@@ -98,9 +115,16 @@ def microbatch_loss(
         temperature=config.temperature,
         ref_logprobs=None if ref_logprobs is None else ref_logprobs[mask],
         ref_hidden=ref_hidden[mask] if exact and ref_hidden is not None else None,
-        num_items=num_items,
+        sequence_ids=torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask],
+        num_items=items,
         workspace_mb=config.workspace_mb,
     )
+    if spec.aggregation == "constant":
+        # Statistics are means over tokens, whatever the loss is divided by.
+        stats = (x * (items / num_items) for x in policy.stats)
+        policy = policy._replace(stats=LossStats(*stats))
+    if config.critic is None:
+        return MicrobatchLoss(policy.loss, policy, None)
     values = response_states(backbone.values(hidden, batch.trunk, batch.attention_mask), length)
     value = value_loss(
         values,

@@ -151,9 +151,6 @@ def step_metrics(
         "policy/entropy": mean(stats.entropy for stats in policy),
         "policy/ratio": mean(stats.ratio for stats in policy),
         "loss/policy": mean(loss.policy.loss for loss in losses),
-        "loss/value": mean(loss.value.loss for loss in losses),
-        "val/clipfrac": mean(loss.value.stats.clipfrac for loss in losses),
-        "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
         # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
         # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
         "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
@@ -161,6 +158,19 @@ def step_metrics(
         "check/first_clipfrac": float(policy[0].clipfrac),
         "val/num_eos_tokens": int(rollout.ended.sum()),
         "grad_norm": mean(loss.grad_norm for loss in losses),
+    } | value_metrics(experience, losses)
+
+
+def value_metrics(experience: Experience, losses: Sequence[MicrobatchLoss]) -> dict[str, float]:
+    """How the critic does; nothing without one."""
+    values = [loss.value for loss in losses if loss.value is not None]
+    if not values:
+        return {}
+    mask = experience.response_mask
+    return {
+        "loss/value": float(torch.stack([value.loss for value in values]).mean()),
+        "val/clipfrac": float(torch.stack([value.stats.clipfrac for value in values]).mean()),
+        "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
     }
 
 

@@ -1,11 +1,12 @@
-"""PPO as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.train`.
+"""The trainer as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.train`.
 
-Deviations from Schulman et al. 2017 and from TRL's PPO, explained in docs/math.md:
+The algorithm is a row of algorithms.py. Deviations from Schulman et al. 2017 and from TRL's PPO,
+explained in docs/math.md:
 
 1. The KL to the reference is exact, split between the next token's reward and the loss.
 2. Policy, reference and critic are one backbone; its frozen layers run once a rollout.
 3. The first epoch's microbatches are those that scoring used: its first ratios are exactly 1.
-4. Advantages are whitened over the whole rollout.
+4. Advantages, where they are whitened, are so over the whole rollout.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,19 +28,20 @@ from .algorithms import ALGORITHMS
 from .backbone import LoraSettings, SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig
+from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
 from .errors import SelfCheckError, UserError
 from .evaluation import Evaluation, evaluate
 from .experience import microbatches, score
-from .losses import MicrobatchLoss, microbatch_loss
+from .losses import MicrobatchLoss, microbatch_loss, policy_items
 from .metrics import PhaseTimer, RunFolder, peak_memory_mb, step_metrics
 from .optim import make_optimizer, make_schedule
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
-from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
+from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
 from .types import Experience, Rollout
 
@@ -62,7 +64,7 @@ class Summary:
 
 
 class PPOTrainer:
-    """Trains a language model with PPO.
+    """Trains a language model with PPO, or with the algorithm that its settings name.
 
     Args:
         model: a name or path for `find_pretrained`, or a backbone made before.
@@ -71,12 +73,14 @@ class PPOTrainer:
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
         processing_class: the tokenizer, if not the model's own.
-        name: of the run, for its folder and plot.
+        name: of the run, for its folder and plot. None: the algorithm's.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
 
     Raises:
         UserError: whatever can be known to fail before training, the reward function called once.
     """
+
+    config_class: ClassVar[type[PPOConfig]] = PPOConfig
 
     def __init__(
         self,
@@ -87,13 +91,17 @@ class PPOTrainer:
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         processing_class: Any = None,
         *,
-        name: str = "ppo",
+        name: str | None = None,
         started: float | None = None,
     ):
         self.started = time.perf_counter() if started is None else started
-        self.config = config = args or PPOConfig()
-        self.algorithm = ALGORITHMS["ppo"]
-        self.name = name
+        self.config = config = self.config_class() if args is None else args
+        if not isinstance(config, self.config_class):
+            kinds = self.config_class.__name__, type(config).__name__
+            raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self.state = AlgorithmState.of(config)
+        self.name = name = name or config.algorithm
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
@@ -118,6 +126,9 @@ class PPOTrainer:
         self.schedule = make_schedule(self.optimizer, config)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.sampler = GroupSampler(
+            self.engine, self.reward, self.train_prompts, self.shuffler, config
+        )
 
     def find(
         self, model: str | SharedBackbone, tokenizer: Any
@@ -126,7 +137,7 @@ class PPOTrainer:
             tokenizer = tokenizer if tokenizer is not None else model.tokenizer
             if tokenizer is None:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
-            if self.algorithm.needs_critic and model.critic is None:
+            if self.config.critic and model.critic is None:
                 raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
             checked_tokenizer(tokenizer, "processing_class")
             return model, tokenizer
@@ -174,32 +185,51 @@ class PPOTrainer:
             before = self.evaluate("before training", step=0)
             for number, prompts in enumerate(self.batches(), start=1):
                 with self.timer("rollout"):
-                    rollout = self.engine.generate(prompts, self.generator)
-                    scores = self.reward(rollout)
-                    scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
+                    rollout, scores, sampling = self.sampler(prompts, self.generator)
                 with self.timer("score"), self.audited():
                     minibatches = self.deal(rollout)
                     experience = score(self.backbone, rollout, chain(*minibatches), config)
                     experience, scores = experience.judged_by(scores)
-                    learnt = self.algorithm.advantages(scores, experience, config)
+                    learnt = self.algorithm.advantages(scores, experience, config, self.state)
                     experience = experience.with_advantages(learnt.advantages, learnt.returns)
-                    spec = self.algorithm.spec(config, float(learnt.scale))
+                    spec = self.algorithm.spec(config, float(learnt.scale), self.state)
                     checks = check_experience(
                         experience, rollout, untrained=number == 1, dtype=self.dtype
                     )
                 with self.timer("update"), self.audited():
-                    losses: list[MicrobatchLoss] = []
                     checks["lr"] = float(self.schedule.get_last_lr()[0])
-                    for epoch in range(config.num_ppo_epochs):
-                        for minibatch in minibatches if epoch == 0 else self.deal(rollout):
-                            losses += self.update(experience, minibatch, spec, first=not losses)
+                    losses = self.epochs(experience, rollout, minibatches, spec)
                 line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-                line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
-                line |= checks | self.timer.take_step()
+                line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
+                line |= self.state.metrics(config) | sampling | checks | self.timer.take_step()
+                self.state.update(line["objective/kl"], config.batch_size, losses[-1].policy.stats)
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
-            after = self.evaluate("after training", step=config.steps)
-        return self.finish(before, after)
+                if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
+                    self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
+                    break
+            after = self.evaluate("after training", step=number)
+        return self.finish(before, after, number)
+
+    def epochs(
+        self,
+        experience: Experience,
+        rollout: Rollout,
+        minibatches: list[list[Tensor]],
+        spec: PolicyLossSpec,
+    ) -> list[MicrobatchLoss]:
+        """Every optimizer step on a rollout, until `target_kl`; ``minibatches``: the first epoch's.
+
+        What is returned is one loss a step.
+        """
+        losses: list[MicrobatchLoss] = []
+        far = self.config.target_kl
+        for epoch in range(self.config.num_ppo_epochs):
+            for minibatch in minibatches if epoch == 0 else self.deal(rollout):
+                losses += self.update(experience, minibatch, spec, first=not losses)
+                if far is not None and losses and losses[-1].policy.stats.approx_kl > far:
+                    return losses
+        return losses
 
     def update(
         self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec, *, first: bool
@@ -209,13 +239,15 @@ class PPOTrainer:
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
         returned, where no sequence of the minibatch was judged.
         """
-        num_items = int(experience.response_mask[torch.cat(minibatch)].sum())
+        mask = experience.response_mask[torch.cat(minibatch)]
+        num_items = int(mask.sum())
         if num_items == 0:
             return []
+        policy = policy_items(spec, mask, self.config.response_length)
         parts = []
         for rows in minibatch:
             part = microbatch_loss(
-                self.backbone, experience.select(rows), spec, self.config, num_items
+                self.backbone, experience.select(rows), spec, self.config, num_items, policy
             )
             part.loss.backward()
             parts.append(part.detached())
@@ -244,10 +276,10 @@ class PPOTrainer:
         finally:
             save_weights(self.backbone, self.folder.path / "checkpoints" / name)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[PromptSet]:
         config = self.config
-        for batch in self.train_prompts.batches(config.batch_size, config.steps, config.seed):
-            yield batch.batch(self.backbone.device)
+        prompts = config.batch_size // config.num_generations
+        yield from self.train_prompts.batches(prompts, config.steps, config.seed)
 
     def deal(self, rollout: Rollout) -> list[list[Tensor]]:
         """Shuffle the batch into minibatches, and each into microbatches by token budget."""
@@ -281,7 +313,7 @@ class PPOTrainer:
         self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
         return result
 
-    def finish(self, before: Evaluation, after: Evaluation) -> Summary:
+    def finish(self, before: Evaluation, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
         if can_plot():
             path: Path = self.folder.path / "plot.png"
@@ -297,7 +329,7 @@ class PPOTrainer:
             kl=after.kl,
             entropy=after.entropy,
             distinct_2=after.distinct_2,
-            steps=self.config.steps,
+            steps=steps,
             seconds=time.perf_counter() - self.started,
             peak_memory_mb=peak_memory_mb(),
             phase_seconds=dict(self.timer.total),
