@@ -70,21 +70,20 @@ def return_advantages(
 
     Args:
         rewards: [B, T]. mask: [B, T] bool.
-        baseline: in units of the rewards as given; None is the mean of the batch's returns.
+        baseline: in units of the (whitened, where asked for) rewards; None is `mean_return`.
     """
-    plain = rewards
     rewards, scale = scaled_rewards(rewards, mask, whiten_rewards)
     returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
-    level = mean_return(plain, mask, gamma=gamma) if baseline is None else baseline
-    advantages = torch.where(mask, returns - level * scale, 0.0)
+    level = mean_return(returns, mask) if baseline is None else baseline
+    advantages = torch.where(mask, returns - level, 0.0)
     return whitened(Advantages(advantages, returns, scale), mask, whiten_advantages)
 
 
-def mean_return(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+def mean_return(returns: Tensor, mask: Tensor) -> Tensor:
     """Mean over sequences of the return at their first token. [B, T] -> []."""
-    returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     first = returns.gather(1, mask.to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
-    return first.sum() / mask.any(1).sum().clamp(min=1)
+    valid = mask.any(1)
+    return torch.where(valid, first, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def leave_one_out_advantages(

@@ -123,7 +123,7 @@ def with_baseline(
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages,
     )
-    state.returns.update(float(mean_return(rewards, mask, gamma=config.gamma)))
+    state.returns.update(float(mean_return(learnt.returns, mask)))
     return learnt
 
 
