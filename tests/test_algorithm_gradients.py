@@ -12,6 +12,7 @@ from tabular import (
     B,
     G,
     T,
+    backbone,
     constant,
     ours,
     papers,
@@ -23,6 +24,7 @@ from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.config import PPOConfig
 from fastrlhf.controllers import AlgorithmState
 from fastrlhf.families import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
+from fastrlhf.losses import microbatch_loss, policy_items
 
 
 def equal(got, expected):
@@ -297,3 +299,19 @@ def test_at_ratio_1_the_gradient_is_reinforces(name):
         lambda logits: average[row.aggregation](-ON_POLICY.logprobs(logits) * learnt.advantages)
     )
     equal(ours(config, ON_POLICY), expected)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_statistics_are_means_over_tokens(name):
+    """Whatever the loss is divided by: on the policy that sampled the ratio is 1."""
+    config = config_of(name)
+    state = AlgorithmState.of(config)
+    experience = ON_POLICY.experience(config)
+    learnt = ALGORITHMS[name].advantages(SCORES, experience, config, state)
+    spec = ALGORITHMS[name].spec(config, 1.0, state)
+    experience = experience.with_advantages(learnt.advantages, learnt.returns)
+    tokens, items = int(MASK.sum()), policy_items(spec, MASK, T)
+    loss = microbatch_loss(backbone(ON_POLICY), experience, spec, config, tokens, items)
+    assert float(loss.policy.stats.ratio) == pytest.approx(1)
+    assert float(loss.policy.stats.approx_kl) == pytest.approx(0, abs=1e-12)
+    assert (loss.value is None) == (config.critic is None)
