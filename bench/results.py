@@ -169,6 +169,42 @@ def memory_table() -> str:
     )
 
 
+def plan_check_table() -> str:
+    rows = read("plan_check")
+    if not rows:
+        return NOT_MEASURED
+    phases = list(rows[0]["memory_mb"])
+    lines = [f"| configuration | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for phase in phases:
+            planned, measured = (row["memory_mb"][phase][x] for x in ("planned", "measured"))
+            cells.append(f"{planned:.0f} / {measured:.0f} ({planned / measured - 1:+.1%})")
+        lines.append(f"| {row['configuration']} | {' | '.join(cells)} |")
+    device, torch_version = rows[0]["device"], rows[0]["torch"]
+    lines += [
+        "",
+        f"SmolLM2-135M, planned / measured MB. Measured on {device}, torch {torch_version}.",
+    ]
+    return "\n".join(lines)
+
+
+def plans_table() -> str:
+    rows = read("plans")
+    if not rows:
+        return "Not planned yet."
+    lines = ["| model | GPU | takes | with |", "|---|---|---|---|"]
+    for row in rows:
+        if row["needed"] is None:
+            lines.append(f"| {row['model']} | {row['budget']} | does not fit | |")
+            continue
+        changes = ", ".join(f"`{x}`" for x in row["changes"]) or "the settings as they are"
+        takes = f"{row['needed'] / 2**30:.1f} GB"
+        lines.append(f"| {row['model']} | {row['budget']} | {takes} | {changes} |")
+    return "\n".join(lines)
+
+
+MEMORY_TABLES = {"plan_check": plan_check_table, "plans": plans_table}
 TABLES = {"demo": demo_table, "update_memory": memory_table}
 
 
@@ -185,7 +221,11 @@ def main() -> None:
     import tables  # which imports this module
 
     tables.draw()
-    for page, made in (("README.md", TABLES), ("docs/kernels.md", tables.TABLES)):
+    for page, made in (
+        ("README.md", TABLES),
+        ("docs/kernels.md", tables.TABLES),
+        ("docs/memory.md", MEMORY_TABLES),
+    ):
         path = ROOT / page
         path.write_text(with_tables(path.read_text(), made))
 

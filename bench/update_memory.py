@@ -35,13 +35,13 @@ SMOLLM2_135M = dict(
 SEQUENCES, PROMPT, RESPONSE = 64, 8, 24
 
 
-def make_rollout(vocab: int) -> Rollout:
-    tokens = torch.randint(3, vocab, (SEQUENCES, PROMPT + RESPONSE))
+def make_rollout(vocab: int, sequences: int = SEQUENCES) -> Rollout:
+    tokens = torch.randint(3, vocab, (sequences, PROMPT + RESPONSE))
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    prompts = Prompts(["p"] * SEQUENCES, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * SEQUENCES)
+    prompts = Prompts(["p"] * sequences, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * sequences)
     return Rollout(
-        prompts, ["c"] * SEQUENCES, tokens, mask, mask[:, PROMPT:],
-        torch.zeros(SEQUENCES, RESPONSE), torch.zeros(SEQUENCES, dtype=torch.bool),
+        prompts, ["c"] * sequences, tokens, mask, mask[:, PROMPT:],
+        torch.zeros(sequences, RESPONSE), torch.zeros(sequences, dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -75,12 +75,13 @@ def measure() -> dict[str, Any]:
     rollout = make_rollout(SMOLLM2_135M["vocab_size"])
     # One minibatch: the update is over all 2048 tokens, in the recipe's microbatches.
     trainer.config = replace(config, num_mini_batches=1)
-    (parts,) = trainer.deal(rollout)
-    experience = score(trainer.backbone, rollout, parts, config)
+    (rows,) = trainer.deal(SEQUENCES)
+    layouts = trainer.cut(rollout.sequences, [rows], config.microbatch_tokens)
+    experience = score(trainer.backbone, rollout, layouts, config)
     noise = torch.randn_like(experience.values)
     experience = experience.with_advantages(noise, noise)
-    spec = trainer.algorithm.spec(config, 1.0)
-    trainer.update(experience, parts, spec, first=False)  # makes the optimizer's state
+    spec = trainer.algorithm.spec(config, 1.0, trainer.state)
+    trainer.update(experience, rows, spec, first=False)  # makes the optimizer's state
 
     head = trainer.backbone.head
     hidden = torch.randn(SEQUENCES * RESPONSE, head.weight.shape[1], requires_grad=True)
@@ -93,13 +94,13 @@ def measure() -> dict[str, Any]:
         ).loss.backward()  # fmt: skip
 
     def one_update() -> None:
-        trainer.update(experience, parts, spec, first=False)
+        trainer.update(experience, rows, spec, first=False)
 
     return {
         "bench": "update_memory",
         "model": "SmolLM2-135M shape, float32",
         "tokens": SEQUENCES * (PROMPT + RESPONSE),
-        "microbatch_sequences": len(parts[0]),
+        "microbatch_sequences": layouts[0].num_sequences,
         "update_extra_mb": round(extra_mb(one_update), 1),
         "head_extra_mb": round(extra_mb(head_alone), 1),
         "eager_logits_mb": round(SEQUENCES * RESPONSE * head.weight.shape[0] * 4 / 2**20, 1),

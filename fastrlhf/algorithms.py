@@ -68,6 +68,10 @@ class Algorithm:
 
 def kl_rewards(experience: Experience, config: PPOConfig, state: AlgorithmState) -> Tensor:
     """The reward's share of the KL, [B, T]."""
+    if state.kl.coef == 0:
+        # The KL may not even have been measured.
+        return torch.zeros_like(experience.old_logprobs)
+    assert experience.kl is not None, "a reward with a KL needs a reference"
     return kl_reward(
         config.kl_estimator,
         state.kl.coef,
@@ -91,6 +95,7 @@ def with_critic(
     scores: Tensor, experience: Experience, config: PPOConfig, state: AlgorithmState
 ) -> Advantages:
     """GAE over the rewards and the critic's values; REINFORCE's is that at lam 1, G - V."""
+    assert experience.values is not None, "GAE needs a critic"
     return gae_advantages(
         token_rewards(scores, experience, config, state),
         experience.values,

@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .config import describe_settings, load_config
+from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
-from .families import FAMILIES
 
 __all__ = ["main"]
 
@@ -39,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_trainers(verbs)
+    add_plan(verbs)
+    for verb in (*CONFIGS, "plan"):
+        budget = verbs.choices[verb]
+        budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
+        budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -52,12 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_kernels(rest)
         if arguments.verb == "bench":
             return run_bench(arguments.checkout, rest)
-        return train(arguments.verb, arguments.config, overrides(rest), started)
+        if arguments.verb == "plan":
+            return plan_run(arguments, overrides(rest))
+        return train(arguments, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        kept = "; what was written is in the run's folder" if arguments.verb in FAMILIES else ""
+        kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
         print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
         return 130
 
@@ -80,7 +87,7 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def add_trainers(verbs: argparse._SubParsersAction) -> None:
-    for verb, kind in FAMILIES.items():
+    for verb, kind in CONFIGS.items():
         known_as = ", ".join(kind.family)
         trains = verbs.add_parser(
             verb,
@@ -93,19 +100,59 @@ def add_trainers(verbs: argparse._SubParsersAction) -> None:
             allow_abbrev=False,
         )
         trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+        trains.add_argument(
+            "--auto", action="store_true", help="pick microbatch, train_layers and quantization"
+        )
 
 
-def train(verb: str, recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
-    config = load_config(recipe, settings, FAMILIES[verb])
+def add_plan(verbs: argparse._SubParsersAction) -> None:
+    plan = verbs.add_parser(
+        "plan",
+        help="say what a run will hold in memory, before it runs",
+        description="Print the bytes of each component and the peak of each phase of a run, and, "
+        "where it does not fit a budget, which settings to change. Loads no weights. Exit status "
+        "1: it does not fit as it is.",
+        epilog="Takes the settings of `fastrlhf ppo`, each as --key value or key=value. The model "
+        "is a shipped shape (Qwen2.5-0.5B), a folder, or a config.json.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+    plan.add_argument(
+        "--prompt-length", type=int, default=256, metavar="N",
+        help="tokens of the longest prompt (default: 256)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
+
+
+def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    config = load_config(arguments.config, settings)
+    if arguments.prompt_length < 1:
+        raise UserError("--prompt-length must be at least 1")
+    from .plan_command import Budget, show_plan
+
+    budget = Budget(arguments.gpu, arguments.memory)
+    return show_plan(config, budget, arguments.prompt_length, as_json=arguments.json)
+
+
+def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:
+    recipe = arguments.config
+    config = load_config(recipe, settings, CONFIGS[arguments.verb])
+    if (arguments.gpu or arguments.memory) and not arguments.auto:
+        raise UserError("--gpu and --memory are for --auto and for `fastrlhf plan`; add --auto")
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from fastrlhf_kernels import VocabTensorError
 
     from .trainers import TRAINERS
 
     name = Path(recipe).stem if recipe else None
+    if arguments.auto:
+        from .plan_command import Budget, pick
+
+        config, picked = pick(config, Budget(arguments.gpu, arguments.memory))
+        print(f"fastrlhf: {picked}", file=sys.stderr)
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     try:
-        summary = TRAINERS[verb](args=config, name=name, started=started).train()
+        summary = TRAINERS[arguments.verb](args=config, name=name, started=started).train()
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))

@@ -29,6 +29,7 @@ from .algorithm_settings import (
     require,
 )
 from .errors import UserError, nearest
+from .training_settings import check_training
 
 __all__ = ["PPOConfig", "describe_settings", "load_config"]
 
@@ -59,7 +60,8 @@ class PPOConfig(AlgorithmSettings):
     num_ppo_epochs: int = BY_ALGORITHM
     """Passes over each rollout. ppo, ppo_kl: 4; others: 1."""
     microbatch_tokens: int = 512
-    """Prompt and response tokens in one forward and backward; at least one sequence."""
+    """Prompt and response tokens in one forward and backward, padding counted; at least one
+    sequence. Halved for the rest of the run where memory runs out."""
     microbatching: Literal["sorted", "packed", "in_order"] = "sorted"
     """How a minibatch is cut: sequences of like length together, each microbatch padded to its own
     longest; without padding at all, one behind the other; or as they come, all padded alike."""
@@ -89,7 +91,8 @@ class PPOConfig(AlgorithmSettings):
     """`adamw_8bit`: our fused step, which rounds bfloat16 weights stochastically; bitsandbytes'
     8-bit AdamW, plain or paged to host memory; torch's, with states in float32."""
     optimizer_in_backward: bool = False
-    """Step each weight as its gradient arrives and free the gradient; one microbatch a minibatch."""
+    """Step each weight as its gradient arrives and free the gradient at once. Needs a minibatch in
+    one microbatch."""
     grad_clip: Literal["norm", "per_parameter"] = "norm"
     """What max_grad_norm bounds: the norm of all gradients (with optimizer_in_backward at the price
     of a second backward), or of each parameter's."""
@@ -181,6 +184,7 @@ class PPOConfig(AlgorithmSettings):
         exact_div(self, "batch_size", "num_mini_batches")
         exact_div(self, "batch_size", "num_generations")
         check_algorithm(self)
+        check_training(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
@@ -228,7 +232,7 @@ def load_config(
     Args:
         recipe: the name of a shipped recipe, the path of a YAML file, or None for the defaults.
         overrides: pairs that win over the recipe; the values are read as YAML.
-        kind: PPOConfig or one of `families`.
+        kind: PPOConfig or one of `configs`.
 
     Raises:
         UserError: an unknown recipe or key (names the nearest), or a value that does not fit.

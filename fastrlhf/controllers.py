@@ -92,12 +92,14 @@ class AlgorithmState:
             MovingAverage(config.baseline_decay),
         )
 
-    def update(self, kl: float, episodes: int, last: LossStats) -> None:
+    def update(self, kl: float | None, episodes: int, last: LossStats) -> None:
         """Learn how a rollout of ``episodes`` went.
 
-        kl: to the reference, nats a sequence. last: of the rollout's last optimizer step.
+        kl: to the reference, nats a sequence; None without one. last: of the rollout's last
+        optimizer step.
         """
-        self.kl.update(kl, episodes)
+        if kl is not None:
+            self.kl.update(kl, episodes)
         self.old_kl.update(float(last.approx_kl))
 
     def metrics(self, config: PPOConfig) -> dict[str, float]:

@@ -225,6 +225,11 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
+
     def split(self, held_out: int, seed: int) -> tuple[PromptSet, PromptSet]:
         """Training prompts and ``held_out`` others, drawn by ``seed``; no text is in both."""
         if len(set(self.texts)) <= held_out:
@@ -259,7 +264,7 @@ class PromptSet:
 
     def batch(self, device: torch.device | str = "cpu") -> Prompts:
         """All prompts as one left-padded batch."""
-        longest = max(map(len, self.tokens))
+        longest = self.longest
         tokens = torch.full((len(self), longest), self.pad_token_id)
         mask = torch.zeros(len(self), longest, dtype=torch.bool)
         for row, ids in enumerate(self.tokens):

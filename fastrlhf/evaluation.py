@@ -12,7 +12,9 @@ from .backbone import SharedBackbone
 from .config import PPOConfig
 from .data import PromptSet
 from .errors import UserError
-from .experience import microbatches, score
+from .experience import score
+from .microbatches import cut
+from .out_of_memory import MicrobatchBudget
 from .rewards.functions import RewardScorer
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
@@ -26,7 +28,7 @@ class Evaluation:
     """What the policy does on held-out prompts."""
 
     score: float  # mean over completions
-    kl: float  # exact, nats a sequence, mean over sequences
+    kl: float | None  # exact, nats a sequence, mean over sequences; None without a reference
     entropy: float  # nats a token, mean over sampled tokens
     distinct_2: float  # distinct word bigrams over word bigrams, in all completions
     scores: Sequence[float | None]  # None where the reward did not judge
@@ -40,8 +42,13 @@ def evaluate(
     reward: RewardScorer,
     held_out: PromptSet,
     config: PPOConfig,
+    budget: MicrobatchBudget | None = None,
 ) -> Evaluation:
-    """Sample one completion a prompt with the run's seed and judge them."""
+    """Sample one completion a prompt with the run's seed and judge them.
+
+    Args:
+        budget: of tokens a microbatch, which is the run's where it has been halved.
+    """
     prompts = held_out.batch(backbone.device)
     # Seeds of training batches are not these: no evaluation draw is a training draw.
     generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
@@ -50,11 +57,11 @@ def evaluate(
     judged = scores[~scores.isnan()]
     if not len(judged):
         raise UserError("the reward returned None for every held-out prompt; nothing to compare")
-    experience = score_all(backbone, rollout, config)
+    experience = score_all(backbone, rollout, config, budget or MicrobatchBudget(config))
     mask = experience.response_mask
     return Evaluation(
         score=float(judged.mean()),
-        kl=float((experience.kl * mask).sum(-1).mean()),
+        kl=None if experience.kl is None else float((experience.kl * mask).sum(-1).mean()),
         entropy=float(experience.entropy[mask].mean()),
         distinct_2=distinct_bigrams(rollout.completions),
         scores=[None if math.isnan(score) else score for score in scores.tolist()],
@@ -63,10 +70,16 @@ def evaluate(
     )
 
 
-def score_all(backbone: SharedBackbone, rollout: Rollout, config: PPOConfig) -> Experience:
-    batch, length = rollout.tokens.shape
-    parts = microbatches(torch.arange(batch), length, config.microbatch_tokens)
-    return score(backbone, rollout, parts, config)
+def score_all(
+    backbone: SharedBackbone, rollout: Rollout, config: PPOConfig, budget: MicrobatchBudget
+) -> Experience:
+    rows = torch.arange(len(rollout.tokens))
+    return budget.run(
+        lambda tokens: cut(rollout.sequences, rows, config.microbatching, tokens),
+        lambda layouts: score(backbone, rollout, layouts, config),
+        # A smaller microbatch would be too small for the update.
+        lambda: not config.optimizer_in_backward,
+    )
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:

@@ -2,97 +2,189 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf_kernels import linear_logprobs
 
-from .backbone import SharedBackbone
+from .backbone import Role, SharedBackbone
 from .config import PPOConfig
-from .losses import response_states
-from .types import Experience, Rollout
+from .losses import head_arguments, reference_arguments
+from .microbatches import Layout
+from .trunk_cache import TrunkCache, on_device
+from .types import Experience, Forward, Microbatch, Rollout
 
-__all__ = ["microbatches", "score"]
+__all__ = ["TokenScores", "forward_inputs", "gather", "score", "score_tokens"]
 
 
-def microbatches(rows: Tensor, length: int, token_budget: int) -> list[Tensor]:
-    """Split the sequences ``rows`` so that each part has at most ``token_budget`` tokens.
+class TokenScores(NamedTuple):
+    """What scoring finds out about the n response tokens of a microbatch."""
 
-    Args:
-        rows: [n] int64. length: padded tokens of a sequence. A part has at least one sequence.
-    """
-    return list(rows.split(max(1, token_budget // length)))
+    old_logprobs: Tensor  # [n] float32
+    entropy: Tensor  # [n] float32
+    kl: Tensor | None  # [n] float32
+    ref_logprobs: Tensor | None  # [n] float32
+    values: Tensor | None  # [n] float32
+    ref_hidden: Tensor | None  # [n, D]
 
 
 @torch.no_grad()
 def score(
-    backbone: SharedBackbone, rollout: Rollout, parts: Iterable[Tensor], config: PPOConfig
+    backbone: SharedBackbone, rollout: Rollout, layouts: Iterable[Layout], config: PPOConfig
 ) -> Experience:
     """Old and reference log-probabilities, exact KL, entropy and values of a rollout.
 
     Args:
-        parts: the sequences of each forward, which together are the batch. The update starts with
-            the same parts, so its first ratios are 1 to the last bit.
+        layouts: the microbatches, which together are the batch. The update starts with the same,
+            so its first ratios are 1 to the last bit.
 
     Returns:
-        The experience in the batch's order, its advantages and returns not yet filled in.
+        The experience, its advantages and returns not yet filled in. Where sampling kept no states
+        of the trunk, those of these forwards are kept, unless ``config`` keeps none.
     """
-    parts = list(parts)
-    scored = [score_part(backbone, rollout, rows, config) for rows in parts]
-    return Experience.concatenate(scored, torch.cat(parts))
+    batch, length = rollout.tokens.shape
+    cache = rollout.trunk
+    scored: list[TokenScores] = []
+    places: list[Tensor] = []
+    ref_hidden: Tensor | None = None
+    for layout in layouts:
+        forward = forward_inputs(backbone, rollout.tokens, layout, rollout.trunk)
+        if rollout.trunk is None and config.trunk_cache and backbone.halves.split:
+            states = forward.trunk
+            cache = cache or TrunkCache(
+                batch, length, states.shape[-1], dtype=states.dtype, device=states.device,
+                budget_mb=config.trunk_cache_mb,
+            )  # fmt: skip
+            cache.write(layout, states)
+        found = score_tokens(backbone, forward, config)
+        if found.ref_hidden is not None:
+            if ref_hidden is None:
+                tokens = int(rollout.sequences.response_mask.sum())
+                ref_hidden = found.ref_hidden.new_empty(tokens, found.ref_hidden.shape[-1])
+            number = rollout.sequences.number[layout.response_index]
+            ref_hidden.index_copy_(0, on_device(number, ref_hidden.device), found.ref_hidden)
+        scored.append(found._replace(ref_hidden=None))
+        places.append(layout.response_index)
+    index = on_device(torch.cat(places), rollout.tokens.device)
 
+    def spread(column: Callable[[TokenScores], Tensor | None]) -> Tensor | None:
+        parts = [x for found in scored if (x := column(found)) is not None]
+        if not parts:
+            return None
+        values = torch.cat(parts)
+        return values.new_zeros(rollout.response_mask.numel()).index_copy_(0, index, values).view(
+            rollout.response_mask.shape
+        )  # fmt: skip
 
-def score_part(
-    backbone: SharedBackbone, rollout: Rollout, rows: Tensor, config: PPOConfig
-) -> Experience:
-    attention_mask = rollout.attention_mask[rows]
-    responses, mask = rollout.responses[rows], rollout.response_mask[rows]
-    length = responses.shape[1]
-    if rollout.trunk is None:
-        trunk = backbone.trunk(rollout.tokens[rows], attention_mask)
-    else:
-        trunk = rollout.trunk[rows]
-    hidden = backbone.hidden("policy", trunk, attention_mask)
-    values = torch.zeros(mask.shape, device=mask.device)
-    if config.critic is not None:
-        values = response_states(backbone.values(hidden, trunk, attention_mask), length)
-    states = response_states(hidden, length)
-    ref_states = response_states(backbone.hidden("reference", trunk, attention_mask), length)
-    head = backbone.head
-
-    def statistics(hidden: Tensor, ref_hidden: Tensor | None):
-        return linear_logprobs(
-            hidden,
-            head.weight,
-            responses[mask],
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            temperature=config.temperature,
-            ref_hidden=ref_hidden,
-            workspace_mb=config.workspace_mb,
-        )
-
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(mask.shape).masked_scatter(mask, x)
-
-    policy = statistics(states[mask], ref_states[mask])
-    assert policy.kl is not None
-    exact = config.kl_estimator == "exact"
-    zeros = torch.zeros_like(values)
+    old_logprobs, entropy = spread(lambda x: x.old_logprobs), spread(lambda x: x.entropy)
+    assert old_logprobs is not None and entropy is not None
+    zeros = torch.zeros_like(old_logprobs)
     return Experience(
-        trunk=trunk,
-        attention_mask=attention_mask,
-        responses=responses,
-        response_mask=mask,
-        old_logprobs=spread(policy.logprobs),
-        ref_logprobs=None if exact else spread(statistics(ref_states[mask], None).logprobs),
-        ref_hidden=ref_states.contiguous() if exact else None,
-        kl=spread(policy.kl),
-        entropy=spread(policy.entropy),
-        values=values,
+        tokens=rollout.tokens,
+        trunk=cache,
+        sequences=rollout.sequences,
+        response_mask=rollout.response_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=spread(lambda x: x.ref_logprobs),
+        ref_hidden=ref_hidden,
+        kl=spread(lambda x: x.kl),
+        entropy=entropy,
+        values=spread(lambda x: x.values),
         advantages=zeros,
         returns=zeros,
     )
+
+
+def forward_inputs(
+    backbone: SharedBackbone, tokens: Tensor, layout: Layout, cache: TrunkCache | None
+) -> Forward:
+    """A microbatch of the sequences ``tokens`` [B, L]; without a cache the trunk is run for it."""
+    device = tokens.device
+    mask, position_ids = (
+        None if x is None else on_device(x, device)
+        for x in (layout.attention_mask, layout.position_ids)
+    )
+    if cache is None:
+        index = on_device(layout.token_index.flatten(), device)
+        inputs = tokens.flatten().index_select(0, index).view(layout.token_index.shape)
+        trunk = backbone.trunk(inputs, mask, position_ids)
+    else:
+        trunk = cache.take(layout)
+    responses = tokens.flatten().index_select(0, on_device(layout.target_index, device))
+    return Forward(trunk, mask, position_ids, on_device(layout.state_index, device), responses)
+
+
+def gather(backbone: SharedBackbone, experience: Experience, layout: Layout) -> Microbatch:
+    """A microbatch of the experience."""
+    forward = forward_inputs(backbone, experience.tokens, layout, experience.trunk)
+    device = experience.tokens.device
+    index = on_device(layout.response_index, device)
+
+    def taken(column: Tensor) -> Tensor:
+        return column.flatten().index_select(0, index)
+
+    ref_hidden = experience.ref_hidden
+    if ref_hidden is not None:
+        number = experience.sequences.number[layout.response_index]
+        ref_hidden = ref_hidden.index_select(0, on_device(number, device))
+    return Microbatch(
+        **vars(forward),
+        sequence_ids=torch.div(index, experience.response_mask.shape[1], rounding_mode="floor"),
+        response_mask=taken(experience.response_mask),
+        old_logprobs=taken(experience.old_logprobs),
+        advantages=taken(experience.advantages),
+        returns=taken(experience.returns),
+        values=None if experience.values is None else taken(experience.values),
+        ref_logprobs=None if experience.ref_logprobs is None else taken(experience.ref_logprobs),
+        ref_hidden=ref_hidden,
+    )
+
+
+@torch.no_grad()
+def score_tokens(backbone: SharedBackbone, forward: Forward, config: PPOConfig) -> TokenScores:
+    """One forward of every role, whose layers are run side by side."""
+    roles: list[Role] = ["policy"]
+    if backbone.has_reference:
+        roles.append("reference")
+    if config.critic is not None and backbone.critic == "adapter":
+        roles.append("critic")
+    hidden = backbone.hidden_together(
+        roles, forward.trunk, forward.attention_mask, forward.position_ids
+    )
+    ref_states = forward.states(hidden["reference"]) if backbone.has_reference else None
+    policy = linear_logprobs(
+        forward.states(hidden["policy"]),
+        backbone.head.weight,
+        forward.responses,
+        **head_arguments(backbone, config),
+        **reference_arguments(backbone, ref_states),
+    )
+    ref_logprobs, ref_hidden = None, None
+    if ref_states is not None and config.kl_coef > 0:
+        if config.kl_estimator == "exact":
+            ref_hidden = ref_states
+        else:
+            ref_logprobs = reference_logprobs(backbone, ref_states, forward, config)
+    values = None
+    if config.critic is not None and backbone.value_head is not None:
+        critic = hidden["critic"] if backbone.critic == "adapter" else hidden["policy"]
+        values = forward.states(backbone.value_head(critic))
+    return TokenScores(
+        old_logprobs=policy.logprobs,
+        entropy=policy.entropy,
+        kl=policy.kl,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        ref_hidden=ref_hidden,
+    )
+
+
+def reference_logprobs(
+    backbone: SharedBackbone, ref_states: Tensor, forward: Forward, config: PPOConfig
+) -> Tensor:
+    head = backbone.reference_head
+    arguments = head_arguments(backbone, config) | {"bias": head.bias}
+    return linear_logprobs(ref_states, head.weight, forward.responses, **arguments).logprobs

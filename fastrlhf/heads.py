@@ -1,14 +1,16 @@
-"""What sits on the final hidden states: the language-model head and the value head."""
+"""What sits on the final hidden states: the language-model head, the value and the reward head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["LanguageModelHead", "ValueHead"]
+from .logit_scale import declared_scale, declared_softcap, refuse_other_logits
+
+__all__ = ["LanguageModelHead", "RewardHead", "ValueHead", "last_states"]
 
 
 TILE = 8192  # rows of a bf16 weight that are in float32 at a time
@@ -16,7 +18,7 @@ TILE = 8192  # rows of a bf16 weight that are in float32 at a time
 
 @dataclass(frozen=True)
 class LanguageModelHead:
-    """The model's output layer in the form in which the fused ops take it. It stays frozen."""
+    """The model's output layer in the form in which the fused ops take it."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -25,17 +27,28 @@ class LanguageModelHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LanguageModelHead:
-        """The head of a transformers model, with the scale and cap that its config declares."""
+        """The head of a transformers model, with the scale and cap that its config declares.
+
+        Raises:
+            UserError: the model's logits are something else.
+        """
         output = model.get_output_embeddings()
-        config = model.config
-        scale = getattr(config, "logit_scale", None)
-        if scale is None:
-            # Granite divides where Cohere multiplies.
-            scaling = getattr(config, "logits_scaling", None)
-            scale = 1.0 if scaling is None else 1.0 / scaling
-        softcap = getattr(config, "final_logit_softcapping", None)
         bias = getattr(output, "bias", None)
-        return cls(output.weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+        head = cls(
+            output.weight.detach(),
+            None if bias is None else bias.detach(),
+            declared_scale(model.config),
+            declared_softcap(model.config),
+        )
+        refuse_other_logits(model, head.weight, head.logits)
+        return head
+
+    def through(self, output: nn.Module) -> LanguageModelHead:
+        """The same scale and cap on the weights of ``output``, with gradients if they train."""
+        given = (output.get_parameter("weight"), getattr(output, "bias", None))
+        weight, bias = (x if x is None or x.requires_grad else x.detach() for x in given)
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""
@@ -69,3 +82,27 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden.float() * self.scale).squeeze(-1)
+
+
+class RewardHead(nn.Module):
+    """A linear map from a sequence's last hidden state to its reward, in float32.
+
+    Its weights start with a standard deviation of 1/√(D + 1) (Stiennon et al. 2020), its bias at
+    zero. Shapes: [..., D] -> [...].
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden.float()).squeeze(-1)
+
+
+def last_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The states of each row's last real token, whichever side is padded: [B, L, D] -> [B, D]."""
+    length = attention_mask.shape[1]
+    last = length - 1 - attention_mask.long().flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,18 @@ from fastrlhf_kernels import (
 )
 
 from .config import PPOConfig
-from .types import Experience
+from .types import Microbatch
 
 if TYPE_CHECKING:
     from .backbone import SharedBackbone
 
-__all__ = ["MicrobatchLoss", "microbatch_loss", "policy_items", "response_states"]
+__all__ = [
+    "MicrobatchLoss",
+    "head_arguments",
+    "microbatch_loss",
+    "policy_items",
+    "reference_arguments",
+]
 
 
 class MicrobatchLoss(NamedTuple):
@@ -36,10 +42,11 @@ class MicrobatchLoss(NamedTuple):
 
     def detached(self) -> MicrobatchLoss:
         """The same numbers, which keep no graph alive."""
+        value = self.value
         return MicrobatchLoss(
             self.loss.detach(),
             self.policy._replace(loss=self.policy.loss.detach()),
-            self.value and self.value._replace(loss=self.value.loss.detach()),
+            None if value is None else value._replace(loss=value.loss.detach()),
         )
 
     @staticmethod
@@ -49,22 +56,38 @@ class MicrobatchLoss(NamedTuple):
         def total(column: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(column)).sum()
 
-        policies, values = [p.policy for p in parts], [p.value for p in parts if p.value]
+        policies = [p.policy for p in parts]
+        values = [p.value for p in parts if p.value is not None]
         policy = LossStats(*map(total, zip(*(p.stats for p in policies), strict=True)))
         value = None
         if values:
-            clipfrac = ValueStats(total(v.stats.clipfrac for v in values))
-            value = LossOutput(total(v.loss for v in values), clipfrac)
+            stats = ValueStats(*map(total, zip(*(v.stats for v in values), strict=True)))
+            value = LossOutput(total(v.loss for v in values), stats)
         return MicrobatchLoss(
-            total(p.loss for p in parts),
-            LossOutput(total(p.loss for p in policies), policy),
-            value,
+            total(p.loss for p in parts), LossOutput(total(p.loss for p in policies), policy), value
         )
 
 
-def response_states(hidden: Tensor, response_length: int) -> Tensor:
-    """The states in which the response's tokens were drawn: [B, L, ...] -> [B, T, ...]."""
-    return hidden[:, -response_length - 1 : -1]
+def head_arguments(backbone: SharedBackbone, config: PPOConfig) -> dict[str, Any]:
+    """How the fused ops take the policy's head, beside its weight."""
+    head = backbone.head
+    return {
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "temperature": config.temperature,
+        "workspace_mb": config.workspace_mb,
+    }
+
+
+def reference_arguments(backbone: SharedBackbone, ref_hidden: Tensor | None) -> dict[str, Any]:
+    """How they take the reference: its states ([n, D]), and its head where that is another."""
+    if ref_hidden is None:
+        return {"ref_hidden": None}
+    head = backbone.reference_head
+    if head is backbone.head:
+        return {"ref_hidden": ref_hidden}
+    return {"ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
 def policy_items(spec: PolicyLossSpec, mask: Tensor, response_length: int) -> int:
@@ -80,57 +103,48 @@ def policy_items(spec: PolicyLossSpec, mask: Tensor, response_length: int) -> in
 
 def microbatch_loss(
     backbone: SharedBackbone,
-    batch: Experience,
+    batch: Microbatch,
     spec: PolicyLossSpec,
     config: PPOConfig,
     num_items: int,
     num_policy_items: int | None = None,
 ) -> MicrobatchLoss:
-    """Policy loss and, with a critic, value loss of ``batch``.
+    """Policy loss and, with a critic, value loss of ``batch``, which is a part of a minibatch.
 
     Args:
-        batch: some sequences of a minibatch.
         spec: the policy loss.
         num_items: response tokens in the whole minibatch, by which sums are divided.
         num_policy_items: of `policy_items`, where the policy loss is divided by something else.
     """
-    length = batch.responses.shape[1]
-    mask = batch.response_mask
-    hidden = backbone.hidden("policy", batch.trunk, batch.attention_mask)
-    head = backbone.head
+    inputs = (batch.trunk, batch.attention_mask, batch.position_ids)
+    hidden = backbone.hidden("policy", *inputs)
     exact = spec.kl_coef > 0 and spec.kl_estimator == "exact"
-    ref_hidden, ref_logprobs = batch.ref_hidden, batch.ref_logprobs
     items = num_items if num_policy_items is None else num_policy_items
     policy = linear_policy_loss(
-        response_states(hidden, length)[mask],
-        head.weight,
-        batch.responses[mask],
-        batch.old_logprobs[mask],
-        batch.advantages[mask],
-        mask[mask],
+        batch.states(hidden),
+        backbone.head.weight,
+        batch.responses,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.response_mask,
         spec,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        temperature=config.temperature,
-        ref_logprobs=None if ref_logprobs is None else ref_logprobs[mask],
-        ref_hidden=ref_hidden[mask] if exact and ref_hidden is not None else None,
-        sequence_ids=torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask],
+        ref_logprobs=batch.ref_logprobs,
+        sequence_ids=batch.sequence_ids,
         num_items=items,
-        workspace_mb=config.workspace_mb,
+        **head_arguments(backbone, config),
+        **reference_arguments(backbone, batch.ref_hidden if exact else None),
     )
     if spec.aggregation == "constant":
         # Statistics are means over tokens, whatever the loss is divided by.
         stats = (x * (items / num_items) for x in policy.stats)
         policy = policy._replace(stats=LossStats(*stats))
-    if config.critic is None:
+    if batch.values is None:
         return MicrobatchLoss(policy.loss, policy, None)
-    values = response_states(backbone.values(hidden, batch.trunk, batch.attention_mask), length)
     value = value_loss(
-        values,
+        batch.states(backbone.values(hidden, *inputs)),
         batch.values,
         batch.returns,
-        mask,
+        batch.response_mask,
         cliprange_value=config.cliprange_value,
         num_items=num_items,
     )

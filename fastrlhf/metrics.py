@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from .errors import UserError
 from .losses import MicrobatchLoss
 from .types import Experience, Rollout
 
-__all__ = ["PhaseTimer", "RunFolder", "peak_memory_mb", "step_metrics"]
+__all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
 
 METRICS = "metrics.jsonl"
 
@@ -89,23 +90,27 @@ def free_folder(parent: Path, name: str) -> Path:
 
 
 class PhaseTimer:
-    """Seconds spent in each phase, in this step and in the whole run.
+    """Seconds spent in each phase, in this step and in the whole run, and its memory.
 
     Args:
         started: called with a phase's name when it begins, to show it.
+
+    `memory` says of each phase how many bytes it has held at most.
     """
 
     def __init__(self, started: Callable[[str], None] = lambda phase: None):
         self.started = started
         self.total: dict[str, float] = defaultdict(float)
         self.step: dict[str, float] = defaultdict(float)
+        self.memory = PhaseMemory()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.started(phase)
         begin = time.perf_counter()
         try:
-            yield
+            with self.memory(phase):
+                yield
         finally:
             seconds = time.perf_counter() - begin
             self.total[phase] += seconds
@@ -127,25 +132,23 @@ def step_metrics(
 ) -> dict[str, float]:
     """What a step did; names as in docs/math.md, section 5.15.
 
+    Without a reference there is no `objective/kl` nor what is made of it.
+
     Args:
         scores: [B], counted where the sequence trains.
         losses: one for every optimizer step on this rollout.
     """
     mask = experience.response_mask
     judged = mask.any(-1)
-    kl = float((experience.kl * mask).sum(-1)[judged].mean())
     score = float(scores[judged].mean())
 
     def mean(values: Iterable[Tensor | None]) -> float:
         return float(torch.stack([value for value in values if value is not None]).mean())
 
     policy = [loss.policy.stats for loss in losses]
-    return {
+    line = {
         "objective/scores": score,
-        "objective/kl": kl,
         "objective/entropy": float(experience.entropy[mask].mean()),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": score - kl_coef * kl,
         "policy/approx_kl": mean(stats.approx_kl for stats in policy),
         "policy/clipfrac": mean(stats.clipfrac for stats in policy),
         "policy/entropy": mean(stats.entropy for stats in policy),
@@ -158,31 +161,84 @@ def step_metrics(
         "check/first_clipfrac": float(policy[0].clipfrac),
         "val/num_eos_tokens": int(rollout.ended.sum()),
         "grad_norm": mean(loss.grad_norm for loss in losses),
-    } | value_metrics(experience, losses)
-
-
-def value_metrics(experience: Experience, losses: Sequence[MicrobatchLoss]) -> dict[str, float]:
-    """How the critic does; nothing without one."""
-    values = [loss.value for loss in losses if loss.value is not None]
-    if not values:
-        return {}
-    mask = experience.response_mask
-    return {
-        "loss/value": float(torch.stack([value.loss for value in values]).mean()),
-        "val/clipfrac": float(torch.stack([value.stats.clipfrac for value in values]).mean()),
-        "val/explained_variance": explained_variance(experience.values, experience.returns, mask),
     }
+    # What was not measured has no figure: without a reference the KL is not known to be 0.
+    if experience.kl is not None:
+        kl = float((experience.kl * mask).sum(-1)[judged].mean())
+        line["objective/kl"] = kl
+        line["objective/non_score_reward"] = -kl_coef * kl
+        line["objective/rlhf_reward"] = score - kl_coef * kl
+    values = [loss.value for loss in losses if loss.value is not None]
+    if values and experience.values is not None:
+        line["loss/value"] = mean(value.loss for value in values)
+        line["val/clipfrac"] = mean(value.stats.clipfrac for value in values)
+        line["val/explained_variance"] = explained_variance(
+            experience.values, experience.returns, mask
+        )
+    return line
 
 
-def peak_memory_mb() -> float:
-    """The most memory that this process has had resident, in MiB (VmHWM)."""
+class PhaseMemory:
+    """The most bytes that each phase has held so far, `peaks`; empty where no system tells.
+
+    On a GPU: tensors, as torch's allocator counts them. On a CPU: the process's resident size
+    beyond what it was when this was made, imports and all; Linux only. The system's own high-water
+    mark is reset at the start of each phase, so `highest` keeps that of the whole process.
+    """
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.start = 0 if self.on_gpu else status_bytes("VmRSS")
+        self.highest = 0
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        resettable = self.restart()
+        try:
+            yield
+        finally:
+            if resettable:
+                peak = torch.cuda.max_memory_allocated() if self.on_gpu else status_bytes("VmHWM")
+                self.peaks[phase] = max(self.peaks.get(phase, 0), peak - self.start)
+
+    def restart(self) -> bool:
+        """Forget the high-water mark, but for `highest`; False where it cannot be forgotten."""
+        self.highest = max(self.highest, resident_peak())
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            return True
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            # What malloc keeps from the phase before would pass for this one's.
+            trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def peak_mb(self) -> float:
+        """The most memory that this process has had resident, in MiB."""
+        self.highest = max(self.highest, resident_peak())
+        return self.highest / 2**20
+
+
+def status_bytes(field: str) -> int:
+    """What Linux says of this process's memory (VmRSS, VmHWM); 0 elsewhere."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had resident since the mark was last reset."""
+    if peak := status_bytes("VmHWM"):
+        return peak
     import resource
 
     # macOS counts bytes; other systems without /proc count KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -43,6 +43,10 @@ def plot_run(
     figure.suptitle(title)
     episodes = [line["episode"] for line in metrics]
     for axes, (key, unit, name) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        if any(key not in line for line in metrics):
+            # Without a reference no KL is measured.
+            axes.set_axis_off()
+            continue
         axes.plot(episodes, [line[key] for line in metrics], marker=".", color="#1f6f8b")
         if key == "objective/scores" and held_out is not None:
             axes.plot([0, episodes[-1]], held_out, "o--", color="#c8553d", label="held-out prompts")

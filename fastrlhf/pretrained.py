@@ -28,6 +28,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import UserError
+from .quantization import (
+    Quantization,
+    check_quantization,
+    compute_dequantized,
+    loading_options,
+)
 
 __all__ = [
     "Pretrained",
@@ -63,21 +69,43 @@ class Pretrained:
     trust_remote_code: bool
 
     def load(
-        self, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+        self,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        quantization: Quantization | None = None,
     ) -> transformers.PreTrainedModel:
         """Load the weights in ``dtype``; the model is in evaluation mode.
 
+        Args:
+            quantization: stores the layers' weights in 8 or 4 bits; they compute in ``dtype``.
+
         Raises:
-            UserError: weights that cannot be read.
+            UserError: weights that cannot be read, a quantisation that cannot be run.
         """
+        options: dict[str, Any] = {}
+        if quantization is not None:
+            check_quantization(quantization, device=device, dtype=dtype)
+            options = loading_options(quantization, device=device, dtype=dtype)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=dtype, trust_remote_code=self.trust_remote_code
+                self.source, dtype=dtype, trust_remote_code=self.trust_remote_code, **options
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise no_such_model(self.name, error) from error
-        model.to(device)  # type: ignore[arg-type]
+        if quantization is None:
+            model.to(device)  # type: ignore[arg-type]
+        else:
+            release_file(model)
+        compute_dequantized(model)
         return model.eval()
+
+
+def release_file(model: transformers.PreTrainedModel) -> None:
+    """Copy what was not quantised: as a view it keeps the whole file, unquantised, in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int:

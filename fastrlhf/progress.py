@@ -70,9 +70,12 @@ class Display:
 
     def step(self, number: int, line: Mapping[str, Any]) -> None:
         """A step has ended with the metrics ``line``."""
-        score, kl = line["objective/scores"], line["objective/kl"]
+        score = line["objective/scores"]
+        # Without a reference there is none.
+        kl = line.get("objective/kl")
         # Short enough for the bar's line in a terminal of 80 columns.
-        self.progress.update(self.task, completed=number, figures=f"score {score:+.2f} KL {kl:.1f}")
+        short = f"score {score:+.2f}" + ("" if kl is None else f" KL {kl:.1f}")
+        self.progress.update(self.task, completed=number, figures=short)
         if not self.console.is_terminal:
             times = " ".join(
                 f"{key.removeprefix('time/')} {value:.1f}s"
@@ -81,8 +84,10 @@ class Display:
             )
             elapsed = time.perf_counter() - self.begun
             figures = (
-                f"score {score:+.3f} · KL {kl:.2f} · entropy {line['objective/entropy']:.2f} · "
-                f"clipped {line['policy/clipfrac']:.1%}"
+                f"score {score:+.3f} · "
+                + ("" if kl is None else f"KL {kl:.2f} · ")
+                + f"entropy {line['objective/entropy']:.2f} · "
+                + f"clipped {line['policy/clipfrac']:.1%}"
             )
             print(
                 f"step {number}/{self.steps} · {figures} · {times} · {elapsed:.0f}s",

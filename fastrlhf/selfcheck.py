@@ -32,7 +32,8 @@ def check_experience(
     mask = experience.response_mask
     if not mask.any():
         raise SelfCheckError("no token of this rollout trains: every score was None")
-    kl, entropy = experience.kl[mask], experience.entropy[mask]
+    kl = experience.entropy.new_zeros(()) if experience.kl is None else experience.kl[mask]
+    entropy = experience.entropy[mask]
     if not (kl.isfinite().all() and entropy.isfinite().all()):
         raise SelfCheckError("KL or entropy is not finite: the model's weights or logits are not")
     if kl.min() < 0 or entropy.min() < 0:

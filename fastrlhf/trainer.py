@@ -1,4 +1,4 @@
-"""The trainer as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.train`.
+"""The trainer as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.step`.
 
 The algorithm is a row of algorithms.py. Deviations from Schulman et al. 2017 and from TRL's PPO,
 explained in docs/math.md:
@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,17 +25,21 @@ from torch import Tensor
 from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 
 from .algorithms import ALGORITHMS
-from .backbone import LoraSettings, SharedBackbone
+from .backbone import SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig
 from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
-from .errors import SelfCheckError, UserError
+from .errors import UserError
 from .evaluation import Evaluation, evaluate
-from .experience import microbatches, score
+from .experience import gather, score
+from .loading import load_backbone
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
-from .metrics import PhaseTimer, RunFolder, peak_memory_mb, step_metrics
+from .memory import planned_and_measured
+from .metrics import PhaseTimer, RunFolder, step_metrics
+from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
+from .out_of_memory import MicrobatchBudget
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
@@ -43,24 +47,11 @@ from .rewards.functions import RewardFunction, RewardScorer, load_reward
 from .rollout.decode import DecodeEngine
 from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
-from .types import Experience, Rollout
+from .step import Updater
+from .summary import Summary
+from .types import Experience
 
-__all__ = ["PPOTrainer", "Summary"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended. Scores, KL, entropy and distinct_2 are on the held-out prompts."""
-
-    score_before: float
-    score_after: float
-    kl: float  # exact, nats a sequence, mean over sequences
-    entropy: float  # nats a token
-    distinct_2: float  # distinct word bigrams over word bigrams
-    steps: int  # rollouts trained on
-    seconds: float
-    peak_memory_mb: float  # VmHWM of the process, MiB
-    phase_seconds: dict[str, float]
+__all__ = ["PPOTrainer"]
 
 
 class PPOTrainer:
@@ -115,15 +106,21 @@ class PPOTrainer:
             self.train_prompts, self.held_out = self.prompts(source, tokenizer, rows, eval_rows)
             # Weights come last: what could be wrong with the rest is known by now.
             self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
+            # A backbone made elsewhere need not be what the settings say.
+            self.model_config = None if isinstance(source, SharedBackbone) else source.config
         self.engine = DecodeEngine(
             self.backbone,
             tokenizer,
             response_length=config.response_length,
             temperature=config.temperature,
             stops=config.stop_token == "eos",
+            trunk_cache=config.trunk_cache,
+            trunk_cache_mb=config.trunk_cache_mb,
         )
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
+        self.updater = Updater(self.optimizer, self.schedule, config)
+        self.budget = MicrobatchBudget(config, self.display.say)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.sampler = GroupSampler(
@@ -139,6 +136,8 @@ class PPOTrainer:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
             if self.config.critic and model.critic is None:
                 raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
+            if (self.config.kl_coef or self.config.kl_limit) and not model.has_reference:
+                raise UserError("no reference, no KL; set kl_coef to 0 and leave kl_limit out")
             checked_tokenizer(tokenizer, "processing_class")
             return model, tokenizer
         source = find_pretrained(model, trust_remote_code=self.config.trust_remote_code)
@@ -147,16 +146,9 @@ class PPOTrainer:
     def build(self, source: Pretrained) -> SharedBackbone:
         config = self.config
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = source.load(dtype=torch.bfloat16 if config.bf16 else torch.float32, device=device)
         # Adapters are drawn at random: the same seed gives the same run.
         torch.manual_seed(config.seed)
-        return SharedBackbone(
-            model,
-            lora=LoraSettings(config.lora_rank, config.lora_alpha),
-            train_layers=config.train_layers,
-            critic=config.critic,
-            gradient_checkpointing=config.gradient_checkpointing,
-        ).to(device)
+        return load_backbone(source, config, device)
 
     def prompts(
         self, source: SharedBackbone | Pretrained, tokenizer: Any, rows, eval_rows
@@ -184,25 +176,8 @@ class PPOTrainer:
         with self.display, self.saved("final"):
             before = self.evaluate("before training", step=0)
             for number, prompts in enumerate(self.batches(), start=1):
-                with self.timer("rollout"):
-                    rollout, scores, sampling = self.sampler(prompts, self.generator)
-                with self.timer("score"), self.audited():
-                    minibatches = self.deal(rollout)
-                    experience = score(self.backbone, rollout, chain(*minibatches), config)
-                    experience, scores = experience.judged_by(scores)
-                    learnt = self.algorithm.advantages(scores, experience, config, self.state)
-                    experience = experience.with_advantages(learnt.advantages, learnt.returns)
-                    spec = self.algorithm.spec(config, float(learnt.scale), self.state)
-                    checks = check_experience(
-                        experience, rollout, untrained=number == 1, dtype=self.dtype
-                    )
-                with self.timer("update"), self.audited():
-                    checks["lr"] = float(self.schedule.get_last_lr()[0])
-                    losses = self.epochs(experience, rollout, minibatches, spec)
-                line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-                line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
-                line |= self.state.metrics(config) | sampling | checks | self.timer.take_step()
-                self.state.update(line["objective/kl"], config.batch_size, losses[-1].policy.stats)
+                # A rollout and its trunk cache are gone before the next is generated.
+                line = self.step(number, prompts)
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
                 if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
@@ -211,59 +186,79 @@ class PPOTrainer:
             after = self.evaluate("after training", step=number)
         return self.finish(before, after, number)
 
-    def epochs(
-        self,
-        experience: Experience,
-        rollout: Rollout,
-        minibatches: list[list[Tensor]],
-        spec: PolicyLossSpec,
-    ) -> list[MicrobatchLoss]:
-        """Every optimizer step on a rollout, until `target_kl`; ``minibatches``: the first epoch's.
+    def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
+        """One rollout and what is learnt from it; its metrics."""
+        config = self.config
+        with self.timer("rollout"):
+            rollout, scores, sampling = self.sampler(prompts, self.generator)
+        with self.timer("score"), self.audited():
+            minibatches = self.deal(len(scores))
+            experience = self.budget.run(
+                partial(self.cut, rollout.sequences, minibatches),
+                lambda layouts: score(self.backbone, rollout, layouts, config),
+                lambda: self.updater.can_repeat,
+            )
+            experience, scores = experience.judged_by(scores)
+            learnt = self.algorithm.advantages(scores, experience, config, self.state)
+            experience = experience.with_advantages(learnt.advantages, learnt.returns)
+            spec = self.algorithm.spec(config, float(learnt.scale), self.state)
+            checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
+        with self.timer("update"), self.audited():
+            checks["lr"] = float(self.schedule.get_last_lr()[0])
+            losses = self.epochs(experience, minibatches, spec)
+        line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
+        line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
+        line |= self.state.metrics(config) | sampling | checks | self.budget.metrics()
+        self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
+        return line | self.timer.take_step()
 
-        What is returned is one loss a step.
+    def epochs(
+        self, experience: Experience, minibatches: list[Tensor], spec: PolicyLossSpec
+    ) -> list[MicrobatchLoss]:
+        """Every optimizer step on a rollout, until `target_kl`; one summed loss a step.
+
+        ``minibatches``: the first epoch's, those that scoring used.
         """
         losses: list[MicrobatchLoss] = []
         far = self.config.target_kl
         for epoch in range(self.config.num_ppo_epochs):
-            for minibatch in minibatches if epoch == 0 else self.deal(rollout):
-                losses += self.update(experience, minibatch, spec, first=not losses)
+            for rows in minibatches if epoch == 0 else self.deal(len(experience)):
+                losses += self.update(experience, rows, spec, first=not losses)
                 if far is not None and losses and losses[-1].policy.stats.approx_kl > far:
                     return losses
         return losses
 
     def update(
-        self, experience: Experience, minibatch: list[Tensor], spec: PolicyLossSpec, *, first: bool
+        self, experience: Experience, rows: Tensor, spec: PolicyLossSpec, *, first: bool
     ) -> list[MicrobatchLoss]:
-        """One optimizer step on ``minibatch`` (rows of its microbatches); its summed loss.
+        """One optimizer step on the sequences ``rows``; the minibatch's summed loss.
 
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
         returned, where no sequence of the minibatch was judged.
         """
-        mask = experience.response_mask[torch.cat(minibatch)]
+        mask = experience.response_mask[rows]
         num_items = int(mask.sum())
         if num_items == 0:
             return []
         policy = policy_items(spec, mask, self.config.response_length)
-        parts = []
-        for rows in minibatch:
-            part = microbatch_loss(
-                self.backbone, experience.select(rows), spec, self.config, num_items, policy
-            )
-            part.loss.backward()
-            parts.append(part.detached())
-        loss = MicrobatchLoss.added(parts)
-        if first:
-            check_first_minibatch(loss.policy.stats, self.dtype)
-        parameters = self.backbone.trainable()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if not norm.isfinite():
-            raise SelfCheckError(
-                "the gradient is not finite; lower learning_rate, or train without bf16"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        return [loss._replace(grad_norm=norm)]
+        steps = False
+
+        def loss(layout: Layout) -> MicrobatchLoss:
+            batch = gather(self.backbone, experience, layout)
+            return microbatch_loss(self.backbone, batch, spec, self.config, num_items, policy)
+
+        def check(parts: list[MicrobatchLoss]) -> None:
+            nonlocal steps
+            if first:
+                check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
+            steps = True
+
+        parts, norm = self.budget.run(
+            partial(self.cut, experience.sequences, [rows]),
+            lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
+            lambda: self.updater.can_repeat and not steps,
+        )
+        return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
     @contextmanager
     def saved(self, name: str) -> Iterator[None]:
@@ -281,12 +276,15 @@ class PPOTrainer:
         prompts = config.batch_size // config.num_generations
         yield from self.train_prompts.batches(prompts, config.steps, config.seed)
 
-    def deal(self, rollout: Rollout) -> list[list[Tensor]]:
-        """Shuffle the batch into minibatches, and each into microbatches by token budget."""
-        batch, length = rollout.tokens.shape
+    def deal(self, batch: int) -> list[Tensor]:
+        """Shuffle a batch of sequences into minibatches."""
         order = torch.randperm(batch, generator=self.shuffler)
-        minibatches = order.chunk(self.config.num_mini_batches)
-        return [microbatches(m, length, self.config.microbatch_tokens) for m in minibatches]
+        return list(order.chunk(self.config.num_mini_batches))
+
+    def cut(self, sequences: Sequences, minibatches: list[Tensor], tokens: int) -> list[Layout]:
+        """The microbatches of minibatches; first epoch and scoring have the same."""
+        way = self.config.microbatching
+        return [layout for rows in minibatches for layout in cut(sequences, rows, way, tokens)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -305,7 +303,9 @@ class PPOTrainer:
 
     def evaluate(self, when: str, step: int) -> Evaluation:
         with self.timer("evaluate"):
-            result = evaluate(self.engine, self.backbone, self.reward, self.held_out, self.config)
+            result = evaluate(
+                self.engine, self.backbone, self.reward, self.held_out, self.config, self.budget
+            )
         self.timer.take_step()
         for sample in zip(result.prompts, result.completions, result.scores, strict=True):
             record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
@@ -323,6 +323,14 @@ class PPOTrainer:
             )
         else:
             self.display.say("no plot: pip install matplotlib")
+        memory, told = planned_and_measured(
+            self.config,
+            self.model_config,
+            self.timer.memory.peaks,
+            prompt_length=self.train_prompts.longest,
+            device=self.backbone.device.type,
+        )
+        self.display.say(told)
         summary = Summary(
             score_before=before.score,
             score_after=after.score,
@@ -331,8 +339,9 @@ class PPOTrainer:
             distinct_2=after.distinct_2,
             steps=steps,
             seconds=time.perf_counter() - self.started,
-            peak_memory_mb=peak_memory_mb(),
+            peak_memory_mb=self.timer.memory.peak_mb(),
             phase_seconds=dict(self.timer.total),
+            memory_mb=memory,
         )
         self.folder.append("summary.json", asdict(summary))
         self.display.say(f"\nthe run is in {self.folder.path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .config import PPOConfig
-from .families import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
+from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
 from .trainer import PPOTrainer
 
 __all__ = ["TRAINERS", "A2CTrainer", "GRPOTrainer", "RLOOTrainer", "ReinforceTrainer"]

@@ -7,15 +7,18 @@ Symbols in the shapes: B sequences, P prompt tokens (left-padded), T response to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrlhf_kernels import LossOutput
 
-__all__ = ["Experience", "LossOutput", "Prompts", "Rollout"]
+from .microbatches import Sequences
+from .trunk_cache import TrunkCache
+
+__all__ = ["Experience", "Forward", "LossOutput", "Microbatch", "Prompts", "Rollout"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,17 @@ class Rollout:
     response_mask: Tensor  # [B, T] bool, True on sampled tokens, the end-of-sequence token included
     rollout_logprobs: Tensor  # [B, T] float32, log-softmax(z / temperature) of the sampled token
     ended: Tensor  # [B] bool, True where the stop token was sampled
-    trunk: Tensor | None = None  # [B, L, D] the frozen lower layers' output, where sampling kept it
+    trunk: TrunkCache | None = None  # the frozen lower layers' output, where sampling kept it
 
     @property
     def responses(self) -> Tensor:
         """The sampled tokens, [B, T] int64."""
         return self.tokens[:, self.prompts.tokens.shape[1] :]
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The masks in host memory."""
+        return Sequences(self.attention_mask.cpu(), self.response_mask.cpu())
 
     def completion_ids(self) -> list[list[int]]:
         """The sampled tokens of each sequence without padding."""
@@ -58,29 +66,28 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """All that the update reads. Every field has the batch as its first dimension."""
+    """All that the update reads, in the batch's order."""
 
-    trunk: Tensor  # [B, L, D] output of the frozen lower layers ([B, L] tokens if run whole)
-    attention_mask: Tensor  # [B, L] bool
-    responses: Tensor  # [B, T] int64
+    tokens: Tensor  # [B, L] int64
+    trunk: TrunkCache | None  # [B, L, D] output of the frozen lower layers; None: run them again
+    sequences: Sequences  # which tokens are real, in host memory
     response_mask: Tensor  # [B, T] bool, True = trains
     old_logprobs: Tensor  # [B, T] float32
-    ref_logprobs: Tensor | None  # [B, T] float32, for the sampled estimators of KL
-    ref_hidden: Tensor | None  # [B, T, D] its final states, for the exact KL in the loss
-    kl: Tensor  # [B, T] float32, exact KL(policy || reference) in nats
+    ref_logprobs: Tensor | None  # [B, T] float32, where the KL is a sampled one
+    ref_hidden: Tensor | None  # [N, D] the reference's states of all N sampled tokens, in order
+    kl: Tensor | None  # [B, T] float32, exact KL(policy || reference) in nats
     entropy: Tensor  # [B, T] float32, nats
-    values: Tensor  # [B, T] float32
+    values: Tensor | None  # [B, T] float32, where there is a critic
     advantages: Tensor  # [B, T] float32
     returns: Tensor  # [B, T] float32
 
     def __len__(self) -> int:
-        return len(self.responses)
+        return len(self.tokens)
 
-    def select(self, rows: Tensor) -> Experience:
-        """The sequences at ``rows`` ([b] int64), in that order."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken: dict[str, Any] = {k: None if x is None else x[rows] for k, x in columns.items()}
-        return Experience(**taken)
+    @property
+    def responses(self) -> Tensor:
+        """The sampled tokens, [B, T] int64."""
+        return self.tokens[:, -self.response_mask.shape[1] :]
 
     def with_advantages(self, advantages: Tensor, returns: Tensor) -> Experience:
         """The same experience with its advantages and returns filled in."""
@@ -91,11 +98,34 @@ class Experience:
         mask = self.response_mask & ~scores.isnan()[:, None]
         return replace(self, response_mask=mask), scores.nan_to_num(0.0)
 
-    @staticmethod
-    def concatenate(parts: Sequence[Experience], order: Tensor) -> Experience:
-        """Join ``parts``, whose sequences are rows ``order`` of a batch, back into batch order."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Experience)}
-        joined: dict[str, Any] = {
-            k: None if x[0] is None else torch.cat(x) for k, x in columns.items()
-        }
-        return Experience(**joined).select(torch.argsort(order))
+
+@dataclass(frozen=True)
+class Forward:
+    """What the trained layers and the head take of a microbatch: n response tokens in b rows.
+
+    Rows are padded to w and come with a mask, or there is one row of sequences end to end.
+    """
+
+    trunk: Tensor  # [b, w, D] output of the frozen lower layers ([b, w] tokens if run whole)
+    attention_mask: Tensor | None  # [b, w] bool; None where packed
+    position_ids: Tensor | None  # [1, w] int64 where packed: restarts at 0 with each sequence
+    state_index: Tensor  # [n] int64, into b·w: the state that predicts each response token
+    responses: Tensor  # [n] int64
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The states in which the responses were drawn: [b, w, ...] -> [n, ...]."""
+        return hidden.flatten(0, 1).index_select(0, self.state_index)
+
+
+@dataclass(frozen=True)
+class Microbatch(Forward):
+    """A microbatch with what its tokens learn from."""
+
+    sequence_ids: Tensor  # [n] int64, the sequence of the rollout that each token belongs to
+    response_mask: Tensor  # [n] bool, True = trains
+    old_logprobs: Tensor  # [n] float32
+    advantages: Tensor  # [n] float32
+    returns: Tensor  # [n] float32
+    values: Tensor | None = None  # [n] float32
+    ref_logprobs: Tensor | None = None  # [n] float32
+    ref_hidden: Tensor | None = None  # [n, D]

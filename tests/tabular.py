@@ -11,16 +11,35 @@ import torch
 
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.controllers import AlgorithmState
+from fastrlhf.experience import gather
 from fastrlhf.losses import microbatch_loss, policy_items
+from fastrlhf.microbatches import Sequences, cut
 from fastrlhf.types import Experience
 
 B, G, T, V = 6, 3, 5, 7
+ALL = tuple(range(B))
 MASK = torch.arange(T) < torch.tensor([5, 3, 5, 1, 4, 2])[:, None]
 SCORES = torch.tensor([1.0, 0.2, -0.7, 0.4, 2.0, 0.1], dtype=torch.float64)
 
 
 def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Tokens that train nothing are sampled ones too, of which the mask alone says so; or they are not.
+EVERY = Sequences(torch.ones(B, T + 1, dtype=torch.bool), torch.ones(B, T, dtype=torch.bool))
+REAL = Sequences(torch.cat([torch.ones(B, 1, dtype=torch.bool), MASK], 1), MASK)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Stands in for a trunk's cache: the table of logits, [B, T + 1, V]."""
+
+    table: torch.Tensor
+
+    def take(self, layout):
+        index = layout.token_index
+        return self.table.flatten(0, 1)[index.flatten()].view(*index.shape, V)
 
 
 @dataclass(frozen=True)
@@ -48,15 +67,17 @@ class Scene:
     def values(self, logits):
         return logits[:, :-1] @ self.value_weight
 
-    def experience(self, config) -> Experience:
+    def experience(self, config, sequences=EVERY) -> Experience:
         exact = config.kl_estimator == "exact"
+        prompt = torch.zeros(B, 1, dtype=torch.long)
         return Experience(
-            trunk=self.logits, attention_mask=torch.ones(B, T + 1, dtype=torch.bool),
-            responses=self.tokens, response_mask=MASK,
+            tokens=torch.cat([prompt, self.tokens], 1), trunk=Logits(self.logits),
+            sequences=sequences, response_mask=MASK,
             old_logprobs=self.logprobs(self.old),
             ref_logprobs=None if exact else self.logprobs(self.reference),
-            ref_hidden=self.reference[:, :-1] if exact else None,
-            kl=self.kl(self.old), entropy=self.entropy(self.old), values=self.old_values,
+            ref_hidden=self.reference[:, :-1][sequences.response_mask] if exact else None,
+            kl=self.kl(self.old), entropy=self.entropy(self.old),
+            values=None if config.critic is None else self.old_values,
             advantages=torch.zeros(B, T), returns=torch.zeros(B, T),
         )  # fmt: skip
 
@@ -79,25 +100,33 @@ def backbone(scene: Scene):
     )
     return SimpleNamespace(
         head=head,
-        hidden=lambda role, trunk, mask: trunk,
-        values=lambda hidden, trunk, mask: hidden @ scene.value_weight,
+        reference_head=head,
+        hidden=lambda role, trunk, mask, position_ids: trunk,
+        values=lambda hidden, trunk, mask, position_ids: hidden @ scene.value_weight,
     )
 
 
-def ours(config, scene=SCENE, parts=((0, 1, 2, 3, 4, 5),), state=None) -> torch.Tensor:
+def microbatch(scene, experience, rows=ALL, way="in_order"):
+    (layout,) = cut(experience.sequences, torch.tensor(rows), way, 10**4)
+    return gather(backbone(scene), experience, layout)
+
+
+def ours(
+    config, scene=SCENE, parts=(ALL,), state=None, way="in_order", sequences=EVERY
+) -> torch.Tensor:
     """The gradient in the logits of the trainer's loss, microbatch by microbatch."""
     state = state or AlgorithmState.of(config)
-    experience = scene.experience(config)
+    experience = scene.experience(config, sequences)
     row = ALGORITHMS[config.algorithm]
     learnt = row.advantages(SCORES, experience, config, state)
     spec = row.spec(config, float(learnt.scale), state)
     logits = scene.logits.clone().requires_grad_()
     experience = replace(
-        experience, trunk=logits, advantages=learnt.advantages, returns=learnt.returns
+        experience, trunk=Logits(logits), advantages=learnt.advantages, returns=learnt.returns
     )
     tokens, items = int(MASK.sum()), policy_items(spec, MASK, T)
     for rows in parts:
-        part = experience.select(torch.tensor(rows))
+        part = microbatch(scene, experience, rows, way)
         microbatch_loss(backbone(scene), part, spec, config, tokens, items).loss.backward()
     return logits.grad
 

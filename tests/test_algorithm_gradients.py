@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import tabular
 import torch
 from tabular import (
+    EVERY,
     MASK,
     ON_POLICY,
+    REAL,
     SCENE,
     SCORES,
     B,
@@ -14,6 +17,7 @@ from tabular import (
     T,
     backbone,
     constant,
+    microbatch,
     ours,
     papers,
     sequence_mean,
@@ -22,8 +26,8 @@ from tabular import (
 
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.config import PPOConfig
+from fastrlhf.configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
 from fastrlhf.controllers import AlgorithmState
-from fastrlhf.families import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
 from fastrlhf.losses import microbatch_loss, policy_items
 
 
@@ -267,12 +271,31 @@ def config_of(name):
     return kind(batch_size=6, total_episodes=6, num_generations=generations)
 
 
+@pytest.mark.parametrize("sequences", [EVERY, REAL], ids=["every", "real"])
+@pytest.mark.parametrize("way", ["sorted", "packed", "in_order"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_any_split_into_microbatches_is_the_minibatch(name):
+def test_any_split_into_microbatches_is_the_minibatch(name, way, sequences):
+    """Padded or packed; whether what trains nothing is a sampled token or padding."""
     config = config_of(name)
     whole = ours(config)
     for parts in ([(0, 1, 2), (3, 4, 5)], [(5,), (0, 3), (4, 1, 2)], [(i,) for i in range(B)]):
-        torch.testing.assert_close(ours(config, parts=parts), whole, rtol=1e-9, atol=1e-12)
+        cut = ours(config, parts=parts, way=way, sequences=sequences)
+        torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_sequences_of_a_packed_row_are_told_apart(name, monkeypatch):
+    """The test above would fail if all of a microbatch's tokens were one sequence's."""
+    config = config_of(name)
+    whole = ours(config)
+    gather = tabular.gather
+
+    def as_one(*given):
+        batch = gather(*given)
+        return replace(batch, sequence_ids=torch.zeros_like(batch.sequence_ids))
+
+    monkeypatch.setattr(tabular, "gather", as_one)
+    assert (ours(config, way="packed") - whole).norm() > 1e-2 * whole.norm()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -311,7 +334,8 @@ def test_statistics_are_means_over_tokens(name):
     spec = ALGORITHMS[name].spec(config, 1.0, state)
     experience = experience.with_advantages(learnt.advantages, learnt.returns)
     tokens, items = int(MASK.sum()), policy_items(spec, MASK, T)
-    loss = microbatch_loss(backbone(ON_POLICY), experience, spec, config, tokens, items)
+    batch = microbatch(ON_POLICY, experience)
+    loss = microbatch_loss(backbone(ON_POLICY), batch, spec, config, tokens, items)
     assert float(loss.policy.stats.ratio) == pytest.approx(1)
     assert float(loss.policy.stats.approx_kl) == pytest.approx(0, abs=1e-12)
     assert (loss.value is None) == (config.critic is None)

@@ -13,7 +13,7 @@ from fastrlhf.algorithm_settings import DEFAULTS, GROUP_ALGORITHMS, READ_BY, Alg
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig, load_config
-from fastrlhf.families import FAMILIES, GRPOConfig, ReinforceConfig, RLOOConfig
+from fastrlhf.configs import CONFIGS, GRPOConfig, ReinforceConfig, RLOOConfig
 from fastrlhf.trainers import TRAINERS, GRPOTrainer, PPOTrainer
 
 MATH = Path(__file__).parent.parent / "docs" / "math.md"
@@ -22,11 +22,11 @@ MATH = Path(__file__).parent.parent / "docs" / "math.md"
 def test_every_list_of_algorithms_is_the_table():
     names = set(ALGORITHMS)
     assert set(AlgorithmName.__args__) == names == set(DEFAULTS)
-    assert {name for kind in FAMILIES.values() for name in kind.family} == names
-    assert sum(len(kind.family) for kind in FAMILIES.values()) == len(names)
+    assert {name for kind in CONFIGS.values() for name in kind.family} == names
+    assert sum(len(kind.family) for kind in CONFIGS.values()) == len(names)
     assert set(GROUP_ALGORITHMS) == {n for n, row in DEFAULTS.items() if row["num_generations"] > 1}
     assert {name for readers in READ_BY.values() for name in readers} <= names
-    assert FAMILIES.keys() == TRAINERS.keys()
+    assert CONFIGS.keys() == TRAINERS.keys()
 
 
 def test_the_documented_table_is_the_table():
@@ -42,7 +42,7 @@ def test_the_documented_table_is_the_table():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_defaults_are_the_rows(name):
-    (kind,) = [kind for kind in FAMILIES.values() if name in kind.family]
+    (kind,) = [kind for kind in CONFIGS.values() if name in kind.family]
     config = kind(algorithm=name)
     for key, value in DEFAULTS[name].items():
         assert getattr(config, key) == value, key
@@ -100,7 +100,7 @@ def test_contradictions(kind, settings, message):
 
 
 def test_a_run_of_any_algorithm_comes_back_from_its_yaml(tmp_path):
-    for verb, kind in FAMILIES.items():
+    for verb, kind in CONFIGS.items():
         for name in kind.family:
             config = kind(algorithm=name)
             (tmp_path / "c.yaml").write_text(config.to_yaml())
@@ -108,8 +108,8 @@ def test_a_run_of_any_algorithm_comes_back_from_its_yaml(tmp_path):
 
 
 def test_the_names_are_exported():
-    for verb in FAMILIES:
-        kind, trainer = FAMILIES[verb], TRAINERS[verb]
+    for verb in CONFIGS:
+        kind, trainer = CONFIGS[verb], TRAINERS[verb]
         assert getattr(fastrlhf, kind.__name__) is kind
         assert getattr(fastrlhf, trainer.__name__) is trainer
         assert trainer.config_class is kind
@@ -120,7 +120,7 @@ def test_a_trainer_takes_its_own_configuration():
         GRPOTrainer(args=PPOConfig())
 
 
-@pytest.mark.parametrize("verb", FAMILIES)
+@pytest.mark.parametrize("verb", CONFIGS)
 def test_every_verb_trains(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.folder(tmp_path / "model")

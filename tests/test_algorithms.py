@@ -9,6 +9,7 @@ from fastrlhf.advantages import explained_variance, gae_advantages
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.config import PPOConfig
 from fastrlhf.controllers import AlgorithmState
+from fastrlhf.microbatches import Sequences
 from fastrlhf.types import Experience
 from fastrlhf_kernels import PolicyLossSpec, gae, linear_policy_loss, whiten
 
@@ -26,9 +27,9 @@ MASK = torch.arange(T) < torch.tensor([5, 3, 5, 1, 4, 2])[:, None]
 
 def experience() -> Experience:
     return Experience(
-        trunk=draw(B, T, D), attention_mask=MASK, responses=torch.zeros(B, T, dtype=torch.long),
+        tokens=torch.zeros(B, T, dtype=torch.long), trunk=None, sequences=Sequences(MASK, MASK),
         response_mask=MASK, old_logprobs=-draw(B, T, seed=1).abs(), ref_logprobs=None,
-        ref_hidden=draw(B, T, D, seed=2), kl=draw(B, T, seed=3).abs(), entropy=draw(B, T).abs(),
+        ref_hidden=None, kl=draw(B, T, seed=3).abs(), entropy=draw(B, T).abs(),
         values=draw(B, T, seed=4), advantages=torch.zeros(B, T), returns=torch.zeros(B, T),
     )  # fmt: skip
 
@@ -96,6 +97,17 @@ def test_the_kl_stands_in_reward_or_loss_but_not_in_both():
     assert ppo.spec(replace(CONFIG, kl_estimator="k1"), 2.0, STATE).kl_coef == 0
     spec = ppo.spec(replace(CONFIG, kl_estimator="k3"), 1.0, STATE)
     assert (spec.kl_estimator, spec.kl_coef, spec.cliprange_low) == ("k3", 0.3, 0.3)
+
+
+def test_without_a_kl_the_reward_is_the_score():
+    from fastrlhf.algorithms import token_rewards
+
+    scores = draw(B, seed=8)
+    config = replace(CONFIG, kl_coef=0.0)
+    state = AlgorithmState.of(config)
+    rewards = token_rewards(scores, replace(experience(), kl=None), config, state)
+    torch.testing.assert_close(rewards.sum(-1), scores, check_dtype=False)
+    assert rewards[0, 4] != 0 and (rewards[0, :4] == 0).all()
 
 
 def test_explained_variance():

@@ -1,16 +1,13 @@
 """Roles share weights, and the reference is the untouched base whatever the policy becomes."""
 
-import warnings
-
 import pytest
 import tiny
+import tiny_families
 import torch
-from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
-from fastrlhf.checkpoint import save_weights
 from fastrlhf.errors import UserError
+from fastrlhf.heads import RewardHead
 
 TOKENS = torch.tensor([[0, 0, 5, 9, 3, 7], [4, 8, 1, 2, 9, 6]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -61,7 +58,7 @@ def test_roles_restore_what_was_active():
     with pytest.raises(RuntimeError), b.role("reference"):
         raise RuntimeError
     assert torch.equal(states(b, "policy"), before)
-    assert all(p.requires_grad for n, p in b.peft.named_parameters() if "lora_" in n)
+    assert all(p.requires_grad for n, p in b.model.named_parameters() if "lora_" in n)
 
 
 def test_only_adapters_of_the_top_layers_and_the_value_head_train():
@@ -100,12 +97,6 @@ def test_checkpointed_layers_are_run_again_in_their_role(role):
         torch.testing.assert_close(plain[name], again[name])
 
 
-def test_an_adapter_critic_is_saved_with_its_adapter(tmp_path):
-    save_weights(backbone(critic="adapter"), tmp_path / "final")
-    assert (tmp_path / "final/critic/adapter_model.safetensors").exists()
-    assert (tmp_path / "final/value_head.safetensors").exists()
-
-
 def test_values_start_at_zero():
     b = backbone()
     hidden = states(b, "policy")
@@ -117,32 +108,67 @@ def test_more_layers_than_the_model_has():
         backbone(train_layers=5)
 
 
-def test_gpt2_runs_whole_and_says_so():
-    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+def test_an_unknown_family_runs_whole_and_says_so():
     with pytest.warns(UserWarning, match="run whole"):
-        b = SharedBackbone(GPT2LMHeadModel(config).eval(), train_layers=1)
+        b = SharedBackbone(tiny_families.unknown(), train_layers=1)
     before = states(b, "reference")
     disturb(b)
     assert torch.equal(states(b, "reference"), before)
     assert not torch.allclose(states(b, "policy"), before)
 
 
-def test_saved_adapter_loads_with_peft(tmp_path):
-    b = backbone()
-    disturb(b)
-    folder = save_weights(b, tmp_path / "checkpoints" / "final")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(tiny.model(), folder)
-    with torch.no_grad():
-        theirs = loaded(TOKENS[1:]).logits
-        hidden = b.hidden("policy", b.trunk(TOKENS[1:], MASK[1:]), MASK[1:])
-        ours = b.head.logits(hidden)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert not list((tmp_path / "checkpoints").glob(".*")), "temporary folders are left behind"
-
-
 def test_from_pretrained_brings_its_tokenizer(tmp_path):
     b = SharedBackbone.from_pretrained(str(tiny.folder(tmp_path)), train_layers=1, critic=None)
     assert b.tokenizer is not None and b.tokenizer.eos_token_id == 0
     assert b.value_head is None and b.halves.split == 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rewards_are_read_at_the_last_real_token(side):
+    b = backbone(critic=None, reward=True)
+    lengths = [3, 6, 1]
+    torch.manual_seed(2)
+    rows = [torch.randint(1, 27, (n,)) for n in lengths]
+    tokens = torch.zeros(3, 6, dtype=torch.long)
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(6 - len(row), None) if side == "left" else slice(len(row))
+        tokens[i, where], mask[i, where] = row, True
+    with torch.no_grad():
+        for parameter in b.role_parameters("reward"):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ours = b.reward_scores(tokens, mask)
+        trunk = b.trunk(tokens, mask)
+        assert torch.equal(b.reward_scores(tokens, mask, trunk), ours)
+        # Alone, without padding: the last state is the last.
+        for i, row in enumerate(rows):
+            whole = torch.ones(1, len(row), dtype=torch.bool)
+            states = b.hidden("reward", b.trunk(row[None], whole), whole)
+            assert b.reward_head is not None
+            alone = b.reward_head(states[0, -1])
+            torch.testing.assert_close(ours[i], alone, rtol=1e-4, atol=1e-5)
+            if len(row) > 1:
+                assert not torch.isclose(alone, b.reward_head(states[0].mean(0)), rtol=1e-2)
+
+
+def test_a_reward_head_starts_small():
+    torch.manual_seed(0)
+    head = RewardHead(10_000)
+    assert head.linear.weight.std().item() == pytest.approx(10_001**-0.5, rel=0.03)
+    assert head.linear.bias.item() == 0
+
+
+def test_packed_rows_are_scored_as_padded_ones():
+    b = backbone(critic="adapter")
+    disturb(b)
+    packed = torch.cat([row[mask] for row, mask in zip(TOKENS, MASK, strict=True)])[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        trunk = b.trunk(packed, None, positions)
+        together = b.hidden_together(["policy", "critic"], trunk, None, positions)
+        for role, hidden in together.items():
+            assert torch.equal(hidden, b.hidden(role, trunk, None, positions))
+            torch.testing.assert_close(hidden[0], states(b, role)[MASK], rtol=1e-4, atol=1e-5)
+        values = b.values(together["policy"], trunk, None, positions)
+        padded = b.values(states(b, "policy"), b.trunk(TOKENS, MASK), MASK)
+    torch.testing.assert_close(values[0], padded[MASK], rtol=1e-4, atol=1e-5)

@@ -41,7 +41,7 @@ def test_a_run_prints_one_line_of_json(capsys, small, tmp_path):
     assert status == 0
     assert list(json.loads(out)) == [
         "score_before", "score_after", "kl", "entropy", "distinct_2", "steps", "seconds",
-        "peak_memory_mb", "phase_seconds",
+        "peak_memory_mb", "phase_seconds", "memory_mb",
     ]  # fmt: skip
     assert "step 2/2" in err and "Held-out prompts before" in err
     assert (tmp_path / "runs/ppo/plot.png").exists()

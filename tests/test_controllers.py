@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fastrlhf.config import PPOConfig
+from fastrlhf.configs import ReinforceConfig
 from fastrlhf.controllers import AlgorithmState, KLController, MovingAverage, PenaltyController
-from fastrlhf.families import ReinforceConfig
 
 
 def test_the_kl_controller_moves_towards_its_target():

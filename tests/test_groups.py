@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from fastrlhf.backbone import SharedBackbone
+from fastrlhf.configs import GRPOConfig
 from fastrlhf.data import PromptSet
-from fastrlhf.families import GRPOConfig
 from fastrlhf.rewards.functions import RewardScorer
 from fastrlhf.rollout.decode import DecodeEngine
 from fastrlhf.rollout.groups import GroupSampler, join

@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
-from fastrlhf.families import FAMILIES
-from fastrlhf.trainer import Summary
+from fastrlhf.configs import CONFIGS
+from fastrlhf.summary import Summary
 from fastrlhf.trainers import TRAINERS
 
 PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
@@ -73,7 +73,7 @@ def run(task: Task, seed: int, folder: str) -> Summary:
         lora_rank=8, microbatch_tokens=10**4, eval_prompts=16, num_samples=0, seed=seed,
         output_dir=folder,
     )  # fmt: skip
-    config = FAMILIES[task.verb](**common | task.settings)
+    config = CONFIGS[task.verb](**common | task.settings)
     torch.manual_seed(seed)
     backbone = SharedBackbone(
         tiny.model(), lora=LoraSettings(8, 32.0), train_layers=2, critic=config.critic

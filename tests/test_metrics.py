@@ -70,10 +70,16 @@ def test_phases_add_up():
 def test_peak_memory_is_that_of_its_process_and_in_megabytes():
     """In a process of its own, whose peak no earlier test has raised."""
     script = (
-        "from fastrlhf.metrics import peak_memory_mb\n"
-        "before = peak_memory_mb()\n"
-        "block = b'x' * (200 * 2**20)\n"
-        "print(peak_memory_mb() - before)"
+        "from fastrlhf.metrics import PhaseMemory\n"
+        "memory = PhaseMemory()\n"
+        "before = memory.peak_mb()\n"
+        "with memory('one'):\n"
+        "    block = b'x' * (200 * 2**20)\n"
+        "del block\n"
+        "with memory('two'):\n"
+        "    pass\n"
+        "assert memory.peaks['one'] > memory.peaks['two'] + 150 * 2**20, memory.peaks\n"
+        "print(memory.peak_mb() - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert 150 < float(done.stdout) < 250, done.stderr

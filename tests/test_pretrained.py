@@ -72,3 +72,21 @@ def test_packaged_weights_are_converted_once_and_checked(tmp_path, monkeypatch):
             file.write(b"\x01")
         with pytest.raises(AssertionError, match="converted twice"):
             find_pretrained("smollm2-135m")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_model_does_not_keep_the_file(tmp_path, kind):
+    found = find_pretrained(str(tiny.folder(tmp_path)))
+    kept = []
+
+    def seen(model):
+        kept.extend(p.data_ptr() for p in model.parameters() if p.is_floating_point())
+        release(model)
+
+    release = pretrained.release_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "release_file", seen)
+        model = found.load(dtype=torch.float32, quantization=kind)
+    own = [p for p in model.parameters() if p.is_floating_point()]
+    assert own and not {p.data_ptr() for p in own} & set(kept)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_families
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastrlhf.trainer as module
 from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
@@ -257,13 +257,8 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path):
 
 
 def test_a_model_that_runs_whole(tmp_path):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=28, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
     with pytest.warns(UserWarning, match="run whole"):
-        backbone = SharedBackbone(GPT2LMHeadModel(config).eval(), train_layers=1)
+        backbone = SharedBackbone(tiny_families.unknown(), train_layers=1)
     summary = trainer(tmp_path, backbone=backbone, total_episodes=32 * 12).train()
     assert summary.score_after > summary.score_before + 0.2
     assert lines(tmp_path)[0]["check/first_ratio"] == 1
@@ -295,3 +290,31 @@ def test_eval_prompts_do_not_train(tmp_path):
     assert len(make(PROMPTS).train_prompts) == len(PROMPTS) - 8
     with pytest.raises(UserError, match="every training prompt"):
         make(PROMPTS[:8])
+
+
+@pytest.mark.parametrize("way", ["sorted", "packed", "in_order"])
+def test_the_first_ratio_is_one_in_every_mode(tmp_path, way):
+    for cached in (True, False):
+        backbone = SharedBackbone(tiny.model(), train_layers=2)
+        with torch.no_grad():
+            # A padding token's row starts at zero; a stop token must be likely enough to be drawn.
+            backbone.head.weight[0] = backbone.head.weight[5]
+        changes = dict(microbatching=way, trunk_cache=cached, stop_token="eos")
+        trainer(tmp_path / str(cached), backbone=backbone, total_episodes=96, **changes).train()
+        metrics = lines(tmp_path / str(cached))
+        assert len(metrics) == 3 and metrics[0]["val/num_eos_tokens"] > 0
+        for line in metrics:
+            assert line["check/first_ratio"] == 1.0 and line["check/first_approx_kl"] == 0.0
+            assert line["memory/retries"] == 0 and line["memory/microbatch_tokens"] == 80
+
+
+def test_without_a_reference_no_kl_is_claimed(tmp_path):
+    backbone = SharedBackbone(tiny.model(), train_layers=2)
+    backbone.has_reference = False
+    with pytest.raises(UserError, match="set kl_coef to 0"):
+        trainer(tmp_path, backbone=backbone)
+    summary = trainer(tmp_path, backbone=backbone, kl_coef=0.0).train()
+    assert summary.kl is None and summary.score_after > -1
+    for line in lines(tmp_path):
+        assert not {"objective/kl", "objective/non_score_reward"} & line.keys()
+        assert math.isfinite(line["loss/policy"]) and line["check/first_ratio"] == 1

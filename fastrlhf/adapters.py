@@ -1,0 +1,120 @@
+"""LoRA adapters on one model: any number of them, of which a role picks what computes.
+
+PEFT makes, names and writes them. Which of them compute is set on the layers themselves: PEFT's own
+switch also changes which parameters require a gradient, and with it what the optimizer sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .adapter_file import AdapterFile
+from .errors import UserError
+
+__all__ = ["Adapters", "LoraSettings"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA (Hu et al. 2021) on every linear layer of the trained blocks."""
+
+    rank: int = 16
+    alpha: float = 32.0
+
+    def for_layers(self, decoder: nn.Module, layers: list[int]) -> LoraConfig:
+        """PEFT's configuration for an adapter in ``layers``; no dropout (docs/math.md, 5.12)."""
+        # A linear layer that carries an adapter already is called base_layer within its wrapper.
+        names = [n.removesuffix(".base_layer") for n, m in decoder.named_modules() if is_linear(m)]
+        linear = {n.rpartition(".")[2] for n in names if "lora_" not in n}
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=0.0,
+            target_modules=sorted(linear),
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in decoder.modules()),
+            layers_to_transform=layers,
+            task_type="CAUSAL_LM",
+        )
+
+
+class Adapters:
+    """The adapters of ``model``, by name. It is no module: what it adds is the model's own."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.peft: PeftModel | None = None
+        self.layers: list[LoraLayer] = []
+
+    def add(self, name: str, config: LoraConfig) -> None:
+        """A new adapter that changes nothing yet: its second matrix is zero."""
+        if self.peft is None:
+            self.peft = get_peft_model(self.model, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        self.layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+
+    @torch.no_grad()
+    def copy(self, source: str, name: str) -> None:
+        """A new adapter with the weights of another."""
+        assert self.peft is not None
+        config = self.peft.peft_config[source]
+        assert isinstance(config, LoraConfig)
+        self.add(name, config)
+        for ours, theirs in zip(self.parameters(name), self.parameters(source), strict=True):
+            ours.copy_(theirs)
+
+    def load(self, name: str, file: AdapterFile) -> None:
+        """A new adapter with the weights of a file, which fits the model."""
+        self.add(name, file.config)
+        assert self.peft is not None
+        missed: Any = set_peft_model_state_dict(self.peft, file.state, adapter_name=name)
+        absent = [key for key in missed.missing_keys if f".{name}." in key]
+        if absent or missed.unexpected_keys:
+            raise UserError(
+                f"the adapter in {file.folder} is not whole: its weights and its "
+                f"adapter_config.json differ in {[*absent, *missed.unexpected_keys][0]}; save it "
+                "again with PEFT"
+            )
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The weights of one adapter."""
+        for layer in self.layers:
+            for kind in layer.adapter_layer_names:
+                held = getattr(layer, kind)
+                if name in held:
+                    yield from held[name].parameters()
+
+    @contextmanager
+    def active(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the block exactly these adapters compute; after it what did before."""
+        before = [(m._active_adapter, m._disable_adapters) for m in self.layers]
+        for layer in self.layers:
+            layer._active_adapter, layer._disable_adapters = list(names), not names
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self.layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def save(self, folder: Path, names: Sequence[str]) -> None:
+        """Write adapters in PEFT's format: "default" to ``folder``, others to folders in it."""
+        if names:
+            assert self.peft is not None
+            self.peft.save_pretrained(
+                str(folder), selected_adapters=list(names), save_embedding_layers=False
+            )

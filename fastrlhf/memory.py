@@ -1,0 +1,169 @@
+"""What a run will hold in memory, said before it runs: the plan, and what it was in the end.
+
+`plan` needs a configuration and the model's shape, no weights: each phase of the run is gone
+through on the meta device (memory_simulation.py), so the plan is of the code that will run.
+
+    planned peak of a phase = tensors alive at once + what libraries add (`LIBRARIES`)
+
+On a GPU a budget is also charged with what is no tensor's (`needed`): the context, and the gaps in
+the allocator's blocks. Sizes are in units of 1024: a GPU sold with 16 GB has 16 · 2³⁰ bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .architectures import architecture
+from .config import PPOConfig
+from .errors import UserError
+from .memory_simulation import Simulation
+
+__all__ = ["MemoryPlan", "parse_size", "plan", "planned_and_measured", "size"]
+
+MIB = 2**20
+PHASES = ("load", "rollout", "score", "update")
+LIBRARIES = {"cpu": 64 * MIB, "cuda": 16 * MIB}
+"""What torch's libraries allocate for themselves, once. On a CPU (measured, bench/plan_check.py):
+the tokenizer, buffers of the matrix products, what malloc keeps. On a GPU: cuBLAS' workspaces."""
+GPU_CONTEXT = 512 * MIB
+"""what a process with loaded kernels takes of a GPU before its first tensor"""
+GPU_GAPS = 0.04
+"""the share of a peak that lies unused between the blocks of torch's allocator"""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device that computes, for one run."""
+
+    model: str
+    device: str  # "cpu" or "cuda"
+    prompt_length: int  # tokens of the longest prompt
+    components: Mapping[str, int]  # the largest that each gets
+    phases: Mapping[str, int]  # peak of each phase, as it is measured
+
+    @property
+    def needed(self) -> int:
+        """The smallest budget in which every phase fits."""
+        return max(map(self.charged, self.phases))
+
+    def charged(self, phase: str) -> int:
+        """What a phase takes of a budget."""
+        peak = self.phases[phase]
+        return peak if self.device == "cpu" else int(peak * (1 + GPU_GAPS)) + GPU_CONTEXT
+
+    def fits(self, budget: int) -> bool:
+        return self.needed <= budget
+
+    def record(self) -> dict[str, Any]:
+        """The plan as data, in bytes."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "prompt_length": self.prompt_length,
+            "components": dict(self.components),
+            "phases": dict(self.phases),
+            "needed": self.needed,
+        }
+
+    def table(self, budget: int | None = None) -> str:
+        """Components and phases as lines of text."""
+        lines = [f"{self.model} on {self.device}, prompts of up to {self.prompt_length} tokens", ""]
+        lines += [row(name, count) for name, count in self.components.items()]
+        lines += ["", f"{'peak of each phase':28}{'':12}" + ("" if budget is None else "  budget")]
+        for phase in self.phases:
+            over = self.charged(phase) - (budget or 0)
+            verdict = "  fits" if over <= 0 else f"  {size(over)} too much"
+            lines.append(row(phase, self.charged(phase)) + ("" if budget is None else verdict))
+        return "\n".join(lines)
+
+
+def row(name: str, count: int) -> str:
+    return f"{name:28}{size(count):>12}"
+
+
+def plan(
+    config: PPOConfig,
+    *,
+    model_config: PreTrainedConfig | None = None,
+    device: str = "cpu",
+    prompt_length: int = 256,
+) -> MemoryPlan:
+    """What a run of ``config`` will hold, from its settings alone.
+
+    Args:
+        model_config: the model's shape; None: found by `config.model` (see `architecture`).
+        device: "cpu" or "cuda".
+        prompt_length: tokens of the longest prompt.
+
+    Raises:
+        UserError: an unknown model, or settings that it cannot have.
+    """
+    if model_config is None:
+        model_config = architecture(config.model)
+    simulated = Simulation(config, model_config, device, prompt_length).run()
+    peaks = dict(simulated.peaks)
+    if device == "cpu":
+        # The file is mapped while its weights are made of it, where they are of another dtype.
+        peaks["load"] += simulated.file_bytes
+    phases = {phase: peak + LIBRARIES[device] for phase, peak in peaks.items()}
+    components = {name: count for name, count in simulated.components.items() if count} | {
+        "libraries": LIBRARIES[device]
+    }
+    return MemoryPlan(config.model, device, prompt_length, components, phases)
+
+
+def planned_and_measured(
+    config: PPOConfig,
+    model_config: PreTrainedConfig | None,
+    peaks: Mapping[str, int],
+    *,
+    prompt_length: int,
+    device: str,
+) -> tuple[dict[str, dict[str, float | None]], str]:
+    """A run's plan beside what was measured: MiB by phase, and one line that says it.
+
+    Args:
+        model_config: None where the run's settings do not say what its model was; then there is no
+            plan.
+        peaks: measured bytes by phase.
+    """
+    planned: Mapping[str, int] = {}
+    if model_config is not None:
+        planned = plan(
+            config, model_config=model_config, device=device, prompt_length=prompt_length
+        ).phases
+    figures: dict[str, dict[str, float | None]] = {}
+    for phase in PHASES:
+        both = {"planned": planned.get(phase), "measured": peaks.get(phase)}
+        figures[phase] = {k: None if x is None else round(x / MIB, 1) for k, x in both.items()}
+
+    def told(phase: str) -> str:
+        of, measured = figures[phase]["planned"], figures[phase]["measured"]
+        words = ["?" if x is None else f"{x:.0f}" for x in (of, measured)]
+        return f"{phase} {' / '.join(words)}"
+
+    return figures, "memory, planned / measured (MB): " + ", ".join(map(told, PHASES))
+
+
+def size(count: int) -> str:
+    """Bytes for people to read: ``1.25 GB``, ``340 MB``."""
+    if abs(count) >= 1000 * MIB:
+        return f"{count / 2**30:.2f} GB"
+    return f"{count / MIB:.0f} MB" if abs(count) >= 10 * MIB else f"{count / MIB:.1f} MB"
+
+
+def parse_size(text: str) -> int:
+    """``16GB``, ``7.5 GiB``, ``900MB`` in bytes; units are of 1024.
+
+    Raises:
+        UserError: anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"{text!r} is not a size; write it like 16GB or 900MB")
+    return int(float(found[1]) * (2**30 if found[2] in "gG" else MIB))

@@ -1,0 +1,246 @@
+"""Which settings to change so that a run fits a budget, the cheapest changes first.
+
+`STEPS` is their order: what costs time alone, then what trains less, then what is stored with fewer
+bits, then what makes the run smaller. A step is taken as far as it must be, as far as it goes where
+that is not enough, and not at all where it saves nothing; in the end those that proved unnecessary
+are taken back. Every configuration that is advised has been planned and fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .architectures import architecture
+from .config import PPOConfig
+from .errors import UserError
+from .memory import MemoryPlan, plan, size
+
+__all__ = ["Change", "Fitting", "automatic", "fit"]
+
+AUTOMATIC = ("microbatch_tokens", "gradient_checkpointing", "train_layers", "quantization")
+"""what `--auto` may change"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting, what it becomes, and the bytes that this saves on top of the changes before."""
+
+    setting: str
+    value: Any
+    saves: int
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.value}"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A configuration that fits, and how it came about."""
+
+    config: PPOConfig
+    plan: MemoryPlan
+    changes: tuple[Change, ...]  # in the order of what they cost; empty: it fitted as it was
+
+    def table(self) -> str:
+        """The changes as lines of text."""
+        return "\n".join(f"  {x!s:36}saves {size(x.saves)}" for x in self.changes)
+
+
+def halves(value: int, least: int) -> list[int]:
+    """value/2, value/4, ... as far as ``least``, which ends it."""
+    found = []
+    while value > least:
+        value = max(least, value // 2)
+        found.append(value)
+    return found
+
+
+def batch_sizes(config: PPOConfig) -> list[int]:
+    fitting = [n for n in halves(config.batch_size, 1) if config.batch_size % n == 0]
+    parts = (config.num_mini_batches, config.num_generations)
+    return [n for n in fitting if not any(n % part for part in parts)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a step looks at beside the configuration."""
+
+    depth: int  # layers of the model
+    length: int  # tokens of a sequence
+    device: str
+    trunk_bytes: int
+
+
+Values = Callable[[PPOConfig, Scene], Sequence[Any]]
+
+# Each setting with the values that save more and more; those that change nothing are passed over.
+STEPS: dict[str, Values] = {
+    "microbatch_tokens": lambda c, s: (
+        [] if c.optimizer_in_backward else halves(c.microbatch_tokens, s.length)
+    ),
+    "gradient_checkpointing": lambda c, s: [True],
+    "trunk_cache_mb": lambda c, s: (
+        [s.trunk_bytes >> 21, 0] if s.device != "cpu" and s.trunk_bytes else []
+    ),
+    "workspace_mb": lambda c, s: halves(c.workspace_mb, 16),
+    "eval_prompts": lambda c, s: [c.batch_size] if c.eval_prompts > c.batch_size else [],
+    "optim": lambda c, s: ["adamw_8bit"],
+    "bf16": lambda c, s: [True],
+    "train_layers": lambda c, s: halves(s.depth if c.train_layers == "all" else c.train_layers, 1),
+    "lora_rank": lambda c, s: halves(c.lora_rank, 4) if c.use_peft else [],
+    "use_peft": lambda c, s: [True],
+    "quantization": lambda c, s: ["int8", "nf4"] if c.use_peft else [],
+    "reference_quantization": lambda c, s: ["int8", "nf4"],
+    "batch_size": lambda c, s: batch_sizes(c),
+    "response_length": lambda c, s: halves(c.response_length, min(c.response_length, 16)),
+}
+
+
+class Search:
+    """Plans configurations of one model for one budget; a plan that fails fits nothing."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        budget: int,
+        model_config: PreTrainedConfig | None,
+        device: str,
+        prompt_length: int,
+    ):
+        self.model_config = model_config or architecture(config.model)
+        self.budget, self.device, self.prompt_length = budget, device, prompt_length
+        self.original = self.config = config
+        self.plan = self.planned(config)
+        self.changes: list[Change] = []
+
+    def planned(self, config: PPOConfig) -> MemoryPlan:
+        return plan(
+            config, model_config=self.model_config, device=self.device,
+            prompt_length=self.prompt_length,
+        )  # fmt: skip
+
+    def scene(self) -> Scene:
+        depth = self.model_config.get_text_config().num_hidden_layers
+        length = self.prompt_length + self.config.response_length
+        trunk = self.plan.components.get("trunk cache", 0)
+        return Scene(depth, length, self.device, trunk)
+
+    def attempt(self, setting: str, value: Any) -> tuple[PPOConfig, MemoryPlan] | None:
+        """The configuration with a change, planned; None where the settings do not allow it."""
+        try:
+            changed = replace(self.config, **{setting: value})
+            return changed, self.planned(changed)
+        except UserError:
+            return None
+
+    def take(self, setting: str, values: Sequence[Any]) -> None:
+        """Change ``setting`` to the first of ``values`` that fits, or to the last if that saves."""
+        values = [x for x in values if x != getattr(self.config, setting)]
+        found = self.attempt(setting, values[-1]) if values else None
+        if found is None or found[1].needed >= self.plan.needed:
+            return
+        value, low, high = values[-1], 0, len(values) - 1
+        if found[1].fits(self.budget):
+            while low < high:
+                middle = (low + high) // 2
+                tried = self.attempt(setting, values[middle])
+                if tried is not None and tried[1].fits(self.budget):
+                    found, value, high = tried, values[middle], middle
+                else:
+                    low = middle + 1
+        self.changes.append(Change(setting, value, self.plan.needed - found[1].needed))
+        self.config, self.plan = found
+
+    def search(self, settings: Iterable[str]) -> Fitting:
+        for setting in settings:
+            if self.plan.fits(self.budget):
+                break
+            self.take(setting, STEPS[setting](self.config, self.scene()))
+        if not self.plan.fits(self.budget):
+            raise UserError(self.too_little())
+        self.take_back()
+        return Fitting(self.config, self.plan, tuple(self.changes))
+
+    def take_back(self) -> None:
+        """Undo what the last change has made unnecessary, the dearest first."""
+        for change in reversed(self.changes[:-1]):
+            found = self.attempt(change.setting, getattr(self.original, change.setting))
+            if found is not None and found[1].fits(self.budget):
+                self.changes.remove(change)
+                self.config, self.plan = found
+
+    def too_little(self) -> str:
+        changes = " ".join(map(str, self.changes))
+        return (
+            f"{size(self.budget)} is too little for {self.config.model}: give at least "
+            f"{size(round_up(self.plan.needed))}" + (f", with {changes}" if changes else "")
+        )
+
+
+def round_up(count: int) -> int:
+    """The next hundredth of a GiB, so that what is printed is enough."""
+    unit = 2**30 // 100
+    return -(-count // unit) * unit + unit
+
+
+def fit(
+    config: PPOConfig,
+    budget: int,
+    *,
+    model_config: PreTrainedConfig | None = None,
+    device: str = "cuda",
+    prompt_length: int = 256,
+    settings: Iterable[str] = tuple(STEPS),
+) -> Fitting:
+    """The cheapest changes that make ``config`` fit ``budget`` bytes.
+
+    Args:
+        settings: what may be changed, in the order in which it is tried.
+
+    Raises:
+        UserError: it does not fit whatever is changed; says which budget would do.
+    """
+    search = Search(config, budget, model_config, device, prompt_length)
+    return search.search(settings)
+
+
+def automatic(
+    config: PPOConfig,
+    budget: int,
+    *,
+    model_config: PreTrainedConfig | None = None,
+    device: str = "cuda",
+    prompt_length: int = 256,
+) -> Fitting:
+    """Pick the microbatch, the trained layers and the quantisation for a budget.
+
+    Where the configuration fits as it is, its microbatch grows as far as there is room.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    given: dict[str, Any] = {
+        "model_config": model_config, "device": device, "prompt_length": prompt_length,
+    }  # fmt: skip
+    found = fit(config, budget, **given, settings=AUTOMATIC)
+    if found.changes:
+        return found
+    whole = (config.batch_size // config.num_mini_batches) * (
+        prompt_length + config.response_length
+    )
+    while found.config.microbatch_tokens < whole:
+        larger = replace(
+            found.config, microbatch_tokens=min(whole, 2 * found.config.microbatch_tokens)
+        )
+        planned = plan(larger, **given)
+        if not planned.fits(budget):
+            break
+        change = Change(
+            "microbatch_tokens", larger.microbatch_tokens, found.plan.needed - planned.needed
+        )
+        found = Fitting(larger, planned, (change,))
+    return found

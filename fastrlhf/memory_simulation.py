@@ -1,0 +1,257 @@
+"""The phases of a run, run on the meta device: the very code that trains, without its numbers.
+
+The backbone is loaded as the trainer loads it, of tensors without data. Each phase then goes
+through the engine, `score` and the update as in training, under a `StorageTracker`. Counted instead
+of run:
+
+1. The optimizer's state, by the sizes that its make documents; torch's own AdamW is run.
+2. Of a response's decoding steps, only the last: its caches are full.
+3. Of a rollout's and a minibatch's microbatches, the first two. They are the longest, and what
+   one leaves behind is there in the second.
+4. Every prompt is as long as the longest and every response goes to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .algorithms import ALGORITHMS
+from .config import PPOConfig
+from .controllers import AlgorithmState
+from .experience import gather, score
+from .loading import load_backbone
+from .losses import MicrobatchLoss, microbatch_loss
+from .memory_shapes import ShapeOnly
+from .memory_tracking import StorageTracker, running_as, tensor_bytes
+from .microbatches import Layout, Sequences, cut
+from .optim import make_optimizer
+from .rollout.decode import DecodeEngine
+from .step import Updater
+from .trunk import positions
+from .types import Experience, Prompts, Rollout
+
+__all__ = ["Simulated", "Simulation", "optimizer_bytes"]
+
+ENOUGH = 2  # microbatches
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Bytes on the device, of tensors alone."""
+
+    components: dict[str, int]
+    peaks: dict[str, int]  # by phase, in the order in which they come
+    file_bytes: int  # of the weights' file, where loading makes other numbers of it
+
+
+def optimizer_bytes(parameters: Iterable[nn.Parameter], optim: str, device: str) -> int:
+    """State on the device of the make ``optim``, as `make_optimizer` documents it."""
+    total = 0
+    for parameter in parameters:
+        count = parameter.numel()
+        if optim == "adamw_torch" or count < 4096:
+            total += 8 * count
+        # Pages of 100,000 numbers and more lie in host memory.
+        elif optim != "paged_adamw_8bit" or device == "cpu" or count < 100_000:
+            # Two moments of a byte, and for each 256 of them a scale.
+            total += 2 * (count + 4 * -(-count // 256))
+    return total
+
+
+class Texts:
+    """As much of a tokenizer as an engine without data asks for."""
+
+    pad_token_id = eos_token_id = 0
+
+    def decode(self, tokens: Tensor, skip_special_tokens: bool) -> str:
+        return ""
+
+
+class NoSteps(torch.optim.Optimizer):
+    """Stands in for kernels that read and write their state in place."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+class NoSchedule:
+    def step(self) -> None:
+        pass
+
+
+class Simulation:
+    """A backbone without data and the records that its phases make.
+
+    Args:
+        prompt_length: tokens of the longest prompt.
+        kind: the device that is planned for, "cpu" or "cuda".
+        device: where the tensors are. Any but "meta" runs the same steps on real ones.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        model_config: PreTrainedConfig,
+        kind: str,
+        prompt_length: int,
+        *,
+        device: str = "meta",
+    ):
+        self.config, self.kind, self.device = config, kind, device
+        self.prompt, self.length = prompt_length, prompt_length + config.response_length
+        self.tracker = StorageTracker(kind)
+        self.source = ShapeOnly(model_config, self.tracker)
+        self.components: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+
+    def run(self) -> Simulated:
+        """Go through the phases."""
+        config = self.config
+        with ExitStack() as stack:
+            if self.device == "meta":
+                stack.enter_context(running_as(self.kind))
+            stack.enter_context(self.tracker)
+            with torch.device(self.device):
+                self.load()
+            if config.eval_prompts > config.batch_size:
+                self.phase("evaluate", self.evaluate)
+            rollout = self.phase("rollout", self.rollout, config.batch_size)
+            # Sequences at the left edge need no mask, and torch finds that out.
+            self.tracker.answer = config.microbatching == "sorted"
+            experience = self.phase("score", self.score, rollout)
+            self.phase("update", self.update, experience)
+        file_bytes = self.source.file_bytes(self.backbone.head.weight.dtype, config.quantization)
+        return Simulated(self.components, self.peaks, file_bytes)
+
+    def phase(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+        self.tracker.restart()
+        result = call(*args)
+        self.peaks[name] = self.tracker.peak
+        return result
+
+    def load(self) -> None:
+        self.backbone = load_backbone(self.source, self.config, self.device)
+        trained = self.backbone.trainable()
+        named = dict(self.backbone.named_parameters())
+        adapters = tensor_bytes([p for name, p in named.items() if "lora_" in name])
+        heads = tensor_bytes([p for name, p in named.items() if "value_head" in name])
+        rest = self.tracker.live - self.source.base - adapters - heads
+        self.components |= {
+            "base weights": self.source.base - self.source.outer,
+            "embedding and head": self.source.outer,
+            "reference copy": rest,
+            "adapters": adapters,
+            "value head": heads,
+        }
+        self.peaks["load"] = self.tracker.live
+        self.optimizer: torch.optim.Optimizer
+        if self.config.optim == "adamw_torch":
+            self.optimizer = make_optimizer(trained, self.config)
+        else:
+            self.optimizer = NoSteps(trained)
+        state = optimizer_bytes(trained, self.config.optim, self.kind)
+        # From the second rollout on it is there in every phase.
+        self.state = torch.empty(state * (self.config.optim != "adamw_torch"), dtype=torch.uint8)
+        self.components["optimizer state"] = state
+        gradients = [p.numel() * p.element_size() for p in trained]
+        in_backward = self.config.optimizer_in_backward
+        self.components["gradients"] = max(gradients) if in_backward else sum(gradients)
+
+    def rollout(self, batch: int) -> Rollout:
+        """The first and the last step of the engine's loop, and what it returns."""
+        config = self.config
+        engine = DecodeEngine(
+            self.backbone, Texts(), response_length=config.response_length,
+            trunk_cache=config.trunk_cache, trunk_cache_mb=config.trunk_cache_mb,
+        )  # fmt: skip
+        with torch.device(self.device):
+            tokens = torch.zeros(batch, self.length, dtype=torch.int64)
+            mask = torch.ones(batch, self.length, dtype=torch.bool)
+            mask[0, 0] = False
+            logprobs = torch.zeros(batch, config.response_length)
+            ended = torch.zeros(batch, dtype=torch.bool)
+        prompt = (tokens[:, : self.prompt].clone(), mask[:, : self.prompt].clone())
+        kept = None
+        with (
+            torch.no_grad(),
+            self.backbone.role("policy") as decoder,
+            engine.recorded() as outputs,
+        ):
+            cache: Any = engine.new_cache(self.length)
+            for start, stop in ((0, self.prompt), (self.length - 2, self.length - 1)):
+                for layer in cache.layers:
+                    if start:
+                        layer.filled = start
+                        layer.keys = layer.key_buffer[:, :, :start]
+                hidden = decoder(
+                    input_ids=tokens[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions(mask[:, :stop])[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+                for states in outputs:
+                    if kept is None:
+                        with torch.device(self.device):
+                            kept = engine.new_trunk_cache(states, self.length)
+                        if self.kind != "cpu":
+                            self.tracker.forget(kept.host_rows)
+                    kept.write_columns(start, states)
+                outputs.clear()
+                self.backbone.head.logits(hidden)
+        self.components["KV cache"] = sum(
+            tensor_bytes(x.key_buffer, x.value_buffer) for x in cache.layers
+        )
+        self.components["trunk cache"] = 0 if kept is None else tensor_bytes(kept.device_rows)
+        prompts = Prompts([""] * batch, *prompt, [{}] * batch)
+        rollout = engine.finish(prompts, tokens, mask, logprobs, ended, kept)
+        # The cuts are worked out in host memory, of masks whose values are known.
+        masks = (torch.ones(batch, self.length), torch.ones(batch, config.response_length))
+        masks[0][0, 0] = 0.0
+        vars(rollout)["sequences"] = Sequences(*(mask.bool() for mask in masks))
+        return rollout
+
+    def cut(self, sequences: Sequences, count: int) -> list[Layout]:
+        given = (self.config.microbatching, self.config.microbatch_tokens)
+        return cut(sequences, torch.arange(count), *given)[:ENOUGH]
+
+    def score(self, rollout: Rollout) -> Experience:
+        layouts = self.cut(rollout.sequences, len(rollout.tokens))
+        experience = score(self.backbone, rollout, layouts, self.config)
+        columns = [x for x in vars(experience).values() if isinstance(x, Tensor)]
+        self.components["experience"] = tensor_bytes(columns)
+        return experience
+
+    def evaluate(self) -> None:
+        rollout = self.rollout(self.config.eval_prompts)
+        self.tracker.answer = self.config.microbatching == "sorted"
+        self.score(rollout)
+        self.tracker.answer = False
+
+    def update(self, experience: Experience) -> None:
+        """One step of the optimizer."""
+        config = self.config
+        spec = ALGORITHMS[config.algorithm].spec(config, 1.0, AlgorithmState.of(config))
+        layouts = self.cut(experience.sequences, config.batch_size // config.num_mini_batches)
+
+        def loss(layout: Layout) -> MicrobatchLoss:
+            batch = gather(self.backbone, experience, layout)
+            return microbatch_loss(self.backbone, batch, spec, config, config.batch_size)
+
+        schedule: Any = NoSchedule()
+        before = self.tracker.live
+        updater = Updater(self.optimizer, schedule, config)
+        updater.update([partial(loss, layout) for layout in layouts])
+        held = self.tracker.peak - before - self.components["gradients"]
+        self.components["activations of a microbatch"] = max(0, held)

@@ -1,0 +1,85 @@
+"""`fastrlhf plan` and `fastrlhf ppo --auto`: a budget from the command line, a plan to print."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from .architectures import architecture
+from .config import PPOConfig
+from .data import PromptSet, load_rows
+from .errors import UserError
+from .memory import parse_size, plan, size
+from .memory_advice import Fitting, automatic, fit
+from .pretrained import context_length, find_pretrained
+
+__all__ = ["Budget", "pick", "show_plan"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where a run is planned for: `--gpu 16GB`, `--memory 8GB`, or neither."""
+
+    gpu: str | None
+    memory: str | None
+
+    @property
+    def bytes(self) -> int | None:
+        if self.gpu and self.memory:
+            raise UserError("give --gpu or --memory, not both: a run computes on one of them")
+        given = self.gpu or self.memory
+        return None if given is None else parse_size(given)
+
+    @property
+    def device(self) -> str:
+        if self.gpu or self.memory:
+            return "cuda" if self.gpu else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def show_plan(config: PPOConfig, budget: Budget, prompt_length: int, *, as_json: bool) -> int:
+    """Print the plan, and what to change where it does not fit; 1 if it does not, else 0."""
+    limit = budget.bytes
+    given = {"model_config": architecture(config.model), "device": budget.device}
+    made = plan(config, **given, prompt_length=prompt_length)  # type: ignore[arg-type]
+    fits = limit is None or made.fits(limit)
+    found: Fitting | None = None
+    if not fits:
+        assert limit is not None
+        found = fit(config, limit, **given, prompt_length=prompt_length)  # type: ignore[arg-type]
+    if as_json:
+        changes = [] if found is None else [vars(change) for change in found.changes]
+        after = None if found is None else found.plan.record()
+        record = made.record() | {"budget": limit, "fits": fits, "changes": changes}
+        print(json.dumps(record | {"after_changes": after}))
+        return 0 if fits else 1
+    print(made.table(limit))
+    if found is not None:
+        print(f"\nto fit {size(limit or 0)}, the cheapest changes:\n{found.table()}")
+        print(f"with them it takes {size(found.plan.needed)}")
+    return 0 if fits else 1
+
+
+def pick(config: PPOConfig, budget: Budget) -> tuple[PPOConfig, str]:
+    """The configuration that `--auto` runs, and what it picked in words.
+
+    Raises:
+        UserError: no budget, or one that is too little.
+    """
+    limit = budget.bytes
+    if limit is None:
+        raise UserError("--auto needs a budget: add --gpu 16GB, or --memory 8GB without a GPU")
+    found = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    prompts = PromptSet.tokenize(
+        load_rows(config.dataset), found.tokenizer, context=context_length(found.config),
+        response_length=config.response_length,
+    )  # fmt: skip
+    fitting = automatic(
+        config, limit, model_config=found.config, device=budget.device,
+        prompt_length=prompts.longest,
+    )  # fmt: skip
+    words = " ".join(map(str, fitting.changes)) or "the settings as they are"
+    needed = size(fitting.plan.needed)
+    return fitting.config, f"--auto picked {words}: {needed} of {size(limit)}"

@@ -1,0 +1,221 @@
+"""Which weights a role computes with, and which of them train.
+
+What trains decides what is the policy's own and where the reference comes from:
+
+1. LoRA in all layers or in the top k (`lora`, `train_layers`): the policy is an adapter, the
+   reference the base with adapters off (or with a frozen copy of the adapter that training started
+   from), and every further policy an adapter.
+2. Full training of the top k layers (`lora=None`): the policy owns those layers, the final norm and
+   an untied head; frozen originals of them are the reference. A tied embedding and head are frozen.
+3. Full training of everything (`lora=None, train_layers="all"`): a second model, which may be
+   quantised, is the reference.
+
+The critic is a value head on the policy's hidden states (`shared`) or on those of an adapter of its
+own (`adapter`), the reward an adapter and a head; in full training both adapters are on the frozen
+originals. Whatever does not train is frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapter_file import AdapterFile
+from .adapters import Adapters, LoraSettings
+from .errors import UserError, nearest
+from .heads import LanguageModelHead, RewardHead, ValueHead
+from .originals import Adapted, OwnModel, OwnTop
+from .quantization import compute_dequantized, is_quantized
+
+__all__ = ["Role", "Roles"]
+
+Role = str
+# PEFT writes the adapter named "default" where other tools look for it.
+POLICY_ADAPTER = "default"
+RESERVED = ("policy", "reference", "critic", "reward", POLICY_ADAPTER)
+
+
+class Roles(nn.Module):
+    """The weights of every role on one set of base weights. Arguments: see `SharedBackbone`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        lora: LoraSettings | None,
+        train_layers: int | Literal["all"],
+        critic: Literal["shared", "adapter"] | None,
+        reward: bool,
+        reference: bool,
+        reference_model: PreTrainedModel | None,
+        adapter: str | Path | None,
+    ):
+        super().__init__()
+        self.lora, self.critic, self.has_reference = lora, critic, reference
+        config = model.config.get_text_config()
+        depth = config.num_hidden_layers
+        self.top = depth if train_layers == "all" else train_layers
+        self.entire = lora is None and train_layers == "all"
+        on_originals = [r for r, on in (("critic", critic == "adapter"), ("reward", reward)) if on]
+        self.check(depth, on_originals, quantized=is_quantized(model), starts=adapter is not None)
+        for given in (model, reference_model):
+            if given is not None:
+                compute_dequantized(given)
+        keep = reference or bool(on_originals)
+        if lora is not None:
+            self.base: Adapted = Adapted(model)
+        elif self.entire:
+            self.base = OwnModel(model, reference_model, keep=keep)
+        else:
+            self.base = OwnTop(model, self.top, keep=keep)
+        self.adapters = Adapters(self.base.adapted)
+        self.adapter_settings = (lora or LoraSettings()).for_layers(
+            self.base.adapted.get_decoder(), list(range(depth - self.top, depth))
+        )
+        # The adapters with which each role computes.
+        self.roles: dict[Role, tuple[str, ...]] = {"policy": ()}
+        if reference:
+            self.roles["reference"] = ()
+        if adapter is not None:
+            self.start_from(AdapterFile.read(adapter, model, depth - self.top))
+        elif lora is not None:
+            self.add_adapter("policy", POLICY_ADAPTER)
+        for role in on_originals:
+            self.add_adapter(role, role)
+        self.value_head = ValueHead(config.hidden_size) if critic else None
+        self.reward_head = RewardHead(config.hidden_size) if reward else None
+        self.base.begin()
+        self.train_roles("policy", *(["critic"] if critic else []))
+
+    def check(self, depth: int, on_originals: list[Role], *, quantized: bool, starts: bool) -> None:
+        if self.top > depth:
+            raise UserError(
+                f"train_layers is {self.top}, but the model has {depth} layers; lower it"
+            )
+        if self.lora is not None:
+            return
+        if quantized:
+            raise UserError(
+                "a quantised model's own weights cannot be trained; train adapters (use_peft: "
+                "true), or load the model with quantization: null"
+            )
+        if starts:
+            raise UserError("an adapter to start from needs LoRA; set use_peft: true")
+        if self.entire and on_originals and not self.has_reference:
+            raise UserError(
+                f"the {on_originals[0]} adapter needs the frozen originals, which are not kept "
+                "without a reference; set kl_coef above 0 or critic='shared', without reward"
+            )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that was given, with what was added to it."""
+        return self.base.model
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The model's decoder."""
+        return self.model.get_decoder()
+
+    @property
+    def head(self) -> LanguageModelHead:
+        """The policy's head; its weight requires a gradient where it trains."""
+        return self.base.head
+
+    @property
+    def reference_head(self) -> LanguageModelHead:
+        """The reference's head, always frozen: the policy's weights where those do not train."""
+        self.adapters_of("reference")
+        return self.base.reference_head
+
+    def add_adapter(self, role: Role, name: str) -> None:
+        self.adapters.add(name, self.adapter_settings)
+        self.roles[role] = (name,)
+
+    def start_from(self, file: AdapterFile) -> None:
+        """Let the policy be a given adapter, and the reference the base with a copy of it."""
+        self.adapters.load(POLICY_ADAPTER, file)
+        self.roles["policy"] = (POLICY_ADAPTER,)
+        if self.has_reference:
+            self.adapters.copy(POLICY_ADAPTER, "reference")
+            self.roles["reference"] = ("reference",)
+
+    def add_policy(self, name: str) -> None:
+        """A further policy, with an adapter of its own that trains; it starts as the reference.
+
+        Raises:
+            UserError: a name that is taken or that no folder can have, or a backbone without LoRA.
+        """
+        if self.lora is None:
+            raise UserError(
+                f"policy {name!r} needs an adapter, and full training has none; set use_peft: true"
+            )
+        taken = dict.fromkeys((*RESERVED, *self.roles))
+        if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"a policy cannot be named {name!r}; use letters, digits, - and _, and none of "
+                f"{', '.join(taken)}"
+            )
+        if start := self.roles.get("reference"):
+            self.adapters.copy(start[0], name)
+        else:
+            self.adapters.add(name, self.adapter_settings)
+        self.roles[name] = (name,)
+        self.train_roles(*self.trained_roles, name)
+
+    def role_parameters(self, role: Role) -> list[nn.Parameter]:
+        """What is a role's own: the weights that train when it does."""
+        own: list[nn.Parameter] = []
+        for name in self.roles.get(role, ()):
+            own += self.adapters.parameters(name)
+        if role == "policy":
+            own += self.base.own()
+        for head, user in ((self.value_head, "critic"), (self.reward_head, "reward")):
+            if head is not None and role == user:
+                own += head.parameters()
+        return own
+
+    def train_roles(self, *roles: Role) -> None:
+        """Let the weights of these roles, and no others, take gradients.
+
+        A new backbone trains its policy and its critic; `add_policy` adds the policy it makes.
+        """
+        self.trained_roles = roles
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for role in roles:
+            for parameter in self.role_parameters(role):
+                parameter.requires_grad_(True)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer steps."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Within the block the decoder that it yields computes as ``role``.
+
+        Raises:
+            UserError: a role that this backbone does not have.
+        """
+        names = self.adapters_of(role)
+        originals = role != "policy"
+        with self.adapters.active(names), self.base.placed(originals=originals) as decoder:
+            yield decoder
+
+    def adapters_of(self, role: Role) -> tuple[str, ...]:
+        """The names of the adapters with which a role computes."""
+        if role in self.roles:
+            return self.roles[role]
+        if role == "reference":
+            raise UserError(
+                "this backbone was made without a reference; set kl_coef above 0, or pass "
+                "reference=True"
+            )
+        raise UserError(f"this backbone has no role {role!r}; {nearest(role, self.roles)}")

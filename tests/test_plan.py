@@ -1,0 +1,308 @@
+"""The plan says what is really held, its advice fits, and what cannot fit is refused."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastrlhf import memory_advice
+from fastrlhf.algorithms import ALGORITHMS
+from fastrlhf.architectures import architecture, shipped
+from fastrlhf.cli import main
+from fastrlhf.config import PPOConfig
+from fastrlhf.configs import CONFIGS, GRPOConfig
+from fastrlhf.errors import UserError
+from fastrlhf.memory import MemoryPlan, parse_size, plan, planned_and_measured, size
+from fastrlhf.memory_advice import STEPS, automatic, batch_sizes, fit
+from fastrlhf.memory_simulation import Simulation, optimizer_bytes
+from fastrlhf.memory_tracking import StorageTracker, head_workspace, passes, tensor_bytes
+from fastrlhf.optim import make_optimizer
+from fastrlhf_kernels import PolicyLossSpec, linear_policy_loss
+from fastrlhf_kernels._head import ChunkedHead
+
+MILLIONS = {
+    "Qwen2.5-0.5B": 494.03, "Qwen2.5-1.5B": 1543.7, "Qwen2.5-3B": 3085.9, "Qwen2.5-7B": 7615.6,
+    "Qwen3-0.6B": 596.05, "Qwen3-1.7B": 1720.6, "Qwen3-4B": 4022.5, "Qwen3-8B": 8190.7,
+    "Llama-3.2-1B": 1235.8, "Llama-3.2-3B": 3212.7, "Llama-3.1-8B": 8030.3,
+    "SmolLM2-135M": 134.5, "SmolLM2-360M": 361.8, "SmolLM2-1.7B": 1711.4,
+    "Gemma-2-2B": 2614.3, "Gemma-3-1B": 999.9,
+}  # fmt: skip
+SETTINGS = dict(
+    batch_size=8, total_episodes=8, response_length=8, train_layers=2, microbatch_tokens=64,
+    eval_prompts=4, workspace_mb=1,
+)  # fmt: skip
+CONFIG = PPOConfig(**SETTINGS)
+PROMPT = 6
+MODES = {
+    "lora": {},
+    "lora all": {"train_layers": "all"},
+    "critic adapter": {"critic": "adapter"},
+    "hydra": {"use_peft": False},
+    "full": {"use_peft": False, "train_layers": "all"},
+    "no reference": {"use_peft": False, "train_layers": "all", "kl_coef": 0.0},
+    "packed": {"microbatching": "packed"},
+    "in order": {"microbatching": "in_order", "trunk_cache": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "torch": {"optim": "adamw_torch"},
+}
+
+
+def simulation(config, device="meta"):
+    made = Simulation(config, tiny.config(), "cpu", PROMPT, device=device)
+    return made, made.run()
+
+
+def test_every_shipped_shape_has_the_published_number_of_parameters():
+    assert set(shipped()) == set(MILLIONS)
+    for name, published in MILLIONS.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture(name))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        assert count == pytest.approx(published, abs=0.06), name
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_plan(name, monkeypatch):
+    """With a critic and without, in groups or not: as the same steps with data."""
+    (kind,) = [kind for kind in CONFIGS.values() if name in kind.family]
+    config = kind(algorithm=name, **SETTINGS, kl_coef=0.1)
+    _, planned = simulation(config)
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    _, real = simulation(config, device="cpu")
+    for phase, peak in real.peaks.items():
+        assert planned.peaks[phase] == pytest.approx(peak, rel=0.03), phase
+    assert (planned.components["value head"] > 0) == (config.critic is not None)
+
+
+def test_a_smaller_batch_holds_whole_groups():
+    config = GRPOConfig(batch_size=48, total_episodes=48, num_generations=8, num_mini_batches=3)
+    assert batch_sizes(config) == [24]
+
+
+def test_names_of_the_hub_and_paths_find_their_shape(tmp_path):
+    for name in ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b"):
+        assert architecture(name).hidden_size == 896
+    assert architecture("meta-llama/Meta-Llama-3.1-8B-Instruct").intermediate_size == 14336
+    assert architecture("google/gemma-2-2b-it").model_type == "gemma2"
+    tiny.config().save_pretrained(tmp_path)
+    assert architecture(str(tmp_path)).hidden_size == 32
+    assert architecture(str(tmp_path / "config.json")).num_hidden_layers == 4
+    with pytest.raises(UserError, match=r"give the path of its config.json.*Qwen3-8B"):
+        architecture("qwen3-8c")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a model's config\.json"):
+        architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_plan_without_data_is_that_of_the_same_steps_with_data(mode, monkeypatch):
+    """The peak of every phase; what a number a token takes is made otherwise with data."""
+    config = replace(CONFIG, **MODES[mode])
+    _, planned = simulation(config)
+    # A token that sees nothing, itself included, has no numbers to learn from.
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    _, real = simulation(config, device="cpu")
+    assert list(planned.peaks) == list(real.peaks) == ["load", "rollout", "score", "update"]
+    for phase, peak in real.peaks.items():
+        assert planned.peaks[phase] == pytest.approx(peak, rel=0.03), phase
+    assert planned.components["base weights"] == real.components["base weights"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "critic adapter", "hydra", "full"])
+def test_components_are_the_bytes_of_the_real_objects(mode, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    config = replace(CONFIG, **MODES[mode])
+    made, _ = simulation(config, device="cpu")
+    _, planned = simulation(config)
+    names = dict(made.backbone.named_parameters())
+    assert planned.components["adapters"] == sum(
+        p.numel() * 4 for name, p in names.items() if "lora_" in name
+    )
+    assert planned.components["value head"] == 4 * (tiny.config().hidden_size + 1)
+    weights = planned.components["base weights"] + planned.components["embedding and head"]
+    model = tiny.model()
+    assert weights == tensor_bytes(list(model.parameters()), list(model.buffers()))
+    c, length = tiny.config(), PROMPT + config.response_length
+    cache = 2 * c.num_hidden_layers * 8 * c.num_key_value_heads * length * 8 * 4
+    assert planned.components["KV cache"] == cache
+    split = made.backbone.halves.split
+    assert planned.components["trunk cache"] == (8 * length * c.hidden_size * 4 if split else 0)
+    assert planned.components["gradients"] == sum(p.numel() * 4 for p in made.backbone.trainable())
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit", "adamw_torch"])
+def test_optimizer_state_is_what_a_step_makes(optim):
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (5000, 4096, 300)]
+    optimizer = make_optimizer(parameters, replace(CONFIG, optim=optim))
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = [x for held in optimizer.state.values() for x in held.values()]
+    # Counters of a number each, and the codes that all tensors share, are not counted.
+    held = [x for x in state if isinstance(x, torch.Tensor) and x.numel() not in (1, 256)]
+    assert optimizer_bytes(parameters, optim, "cpu") == tensor_bytes(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_head_works_in_the_bytes_that_are_counted(dtype, trains, monkeypatch):
+    """Against what `ChunkedHead` allocates while it runs, seen from inside."""
+    hidden = torch.randn(40, 64).to(dtype).requires_grad_(trains)
+    weight, ones = torch.randn(5000, 64).to(dtype), torch.ones(40)
+    counted: list[int] = []
+
+    def call():
+        return linear_policy_loss(
+            hidden, weight, torch.zeros(40, dtype=torch.long), -ones, ones, ones.bool(),
+            PolicyLossSpec(kl_coef=0.1), ref_hidden=hidden.detach(), num_items=40, workspace_mb=1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(
+        "fastrlhf.memory_tracking.head_workspace",
+        lambda *given: counted.append(head_workspace(*given)) or 0,
+    )
+    with StorageTracker():
+        call()
+
+    inside = StorageTracker()
+    for given in (hidden, weight):
+        inside.see(given)
+    before = inside.live
+    statistics, backward = ChunkedHead.__init__, ChunkedHead.backward
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with inside:
+                return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(ChunkedHead, "__init__", watched(statistics))
+    monkeypatch.setattr(ChunkedHead, "backward", watched(backward))
+    monkeypatch.setattr(ChunkedHead, "statistics", watched(ChunkedHead.statistics))
+    call()
+    assert counted[0] == pytest.approx(inside.peak - before, rel=0.1)
+
+
+def fake_plans(monkeypatch):
+    """Plans of a formula instead of a simulation: advice is tried out in no time."""
+
+    @cache
+    def planned(config, prompt_length):
+        layers = 4 if config.train_layers == "all" else config.train_layers
+        bits = {None: 16, "int8": 8, "nf4": 4}[config.quantization]
+        activations = config.microbatch_tokens * layers
+        activations //= 4 if config.gradient_checkpointing else 1
+        update = 1000 * bits + activations + config.batch_size * config.response_length
+        return MemoryPlan("tiny", "cpu", prompt_length, {}, {"update": update})
+
+    def stand_in(config, *, model_config, device, prompt_length):
+        return planned(config, prompt_length)
+
+    monkeypatch.setattr(memory_advice, "plan", stand_in)
+    return planned
+
+
+@pytest.mark.parametrize("budget", [16700, 16320, 16150, 12000, 8150, 4120, 4030])
+def test_advice_fits_and_no_change_of_it_can_be_left_out(budget, monkeypatch):
+    planned = fake_plans(monkeypatch)
+    config = replace(CONFIG, train_layers="all", microbatch_tokens=256)
+    found = fit(config, budget, model_config=tiny.config(), device="cpu", prompt_length=PROMPT)
+    assert found.changes
+    changed = replace(config, **{x.setting: x.value for x in found.changes})
+    assert changed == found.config and planned(changed, PROMPT).fits(budget)
+    assert [x.setting for x in found.changes] == [
+        x for x in STEPS if x in {c.setting for c in found.changes}
+    ]
+    for left_out in found.changes:
+        others = {x.setting: x.value for x in found.changes if x != left_out}
+        assert not planned(replace(config, **others), PROMPT).fits(budget)
+
+
+def test_a_budget_below_the_minimum_is_refused_with_one_that_would_do(monkeypatch):
+    fake_plans(monkeypatch)
+    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
+    with pytest.raises(UserError, match=r"is too little for .*: give at least .* quantization=nf4"):
+        fit(CONFIG, 4000, **given)
+
+
+def test_automatic_grows_the_microbatch_or_picks_what_fits(monkeypatch):
+    fake_plans(monkeypatch)
+    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
+    assert automatic(CONFIG, 10**6, **given).config.microbatch_tokens == 8 * 14
+    picked = automatic(CONFIG, 8300, **given)
+    assert picked.config.quantization == "int8" and picked.plan.fits(8300)
+
+
+def test_a_smaller_microbatch_and_checkpoints_are_planned_to_save():
+    config = replace(CONFIG, train_layers="all", microbatch_tokens=128)
+    sizes = [
+        plan(changed, model_config=tiny.config(), device=device, prompt_length=PROMPT)
+        for device in ("cpu", "cuda")
+        for changed in (
+            config, replace(config, microbatch_tokens=16),
+            replace(config, gradient_checkpointing=True),
+        )
+    ]  # fmt: skip
+    for start in (0, 3):
+        whole, small, checkpointed = (p.phases["update"] for p in sizes[start : start + 3])
+        assert small < whole and checkpointed < whole
+
+
+def test_quantised_weights_are_planned_in_their_bits():
+    for quantization, bits in (("int8", 8), ("nf4", 4)):
+        config = replace(CONFIG, quantization=quantization, train_layers="all")
+        made = plan(config, model_config=tiny.config(), device="cuda", prompt_length=PROMPT)
+        linear = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+        # Norms, rotary frequencies, scales and codes come on top.
+        assert linear * bits // 8 <= made.components["base weights"] < linear * bits // 8 + 60_000
+
+
+def test_sizes():
+    assert parse_size("16GB") == 2**34 and parse_size("7.5 GiB") == int(7.5 * 2**30)
+    assert parse_size("900mb") == 900 * 2**20
+    assert size(2**34) == "16.00 GB" and size(5 * 2**20) == "5.0 MB"
+    for wrong in ("16", "GB", "-1GB", "0GB"):
+        with pytest.raises(UserError, match="is not a size"):
+            parse_size(wrong)
+
+
+def test_planned_beside_measured():
+    figures, told = planned_and_measured(
+        CONFIG, tiny.config(), {"update": 2**26}, prompt_length=PROMPT, device="cpu"
+    )
+    assert figures["update"]["measured"] == 64 and figures["update"]["planned"] > 64
+    assert figures["load"]["measured"] is None and "load " in told
+    figures, told = planned_and_measured(CONFIG, None, {}, prompt_length=PROMPT, device="cpu")
+    assert figures["update"] == {"planned": None, "measured": None}
+
+
+def test_the_command(capsys, tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    words = ["plan", f"model={tmp_path}", "batch_size=8", "total_episodes=8", "train_layers=2",
+             "response_length=8", "--prompt-length", "6", "eval_prompts=4"]  # fmt: skip
+    assert main([*words, "--memory", "8GB"]) == 0
+    out, err = capsys.readouterr()
+    assert "base weights" in out and "fits" in out and not err
+    assert main([*words, "--json", "--gpu", "16GB"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["fits"] and record["device"] == "cuda" and record["phases"]["update"] > 0
+    for more, message in (
+        (["--gpu", "1MB"], "is too little for"),
+        (["--gpu", "16"], "is not a size"),
+        (["--gpu", "1GB", "--memory", "1GB"], "not both"),
+        (["train_layers=9"], "the model has 4 layers"),
+    ):
+        assert main([*words, *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("fastrlhf: error:") == 1 and message in err
+
+
+def test_auto_wants_a_budget(capsys):
+    for words, message in ((["--auto"], "--auto needs a budget"), (["--gpu", "1GB"], "add --auto")):
+        assert main(["ppo", *words]) == 2
+        assert message in capsys.readouterr().err
