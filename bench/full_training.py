@@ -98,14 +98,17 @@ def activation_mb(policy: Policy, tokens: Tensor) -> float:
     """MiB that the forward keeps for the backward."""
     parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, int] = {}
+    storages = []  # held while we count, so that no address is used again
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor) -> None:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+            storages.append(storage)
+        # Not the tensor: its graph would hold it and it its graph, and neither would be freed.
+        return None
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         policy.loss(tokens)
     return sum(kept.values()) / 2**20
 

@@ -159,8 +159,8 @@ def test_what_is_sampled_is_the_policy(scene, name):
     picked = scored.gather(-1, rollout.responses[..., None])[..., 0]
     mask = rollout.response_mask
     torch.testing.assert_close(rollout.rollout_logprobs[mask], picked[mask], rtol=1e-4, atol=1e-4)
-    # What was kept while sampling is the trunk, where there is one.
-    assert (rollout.trunk is None) == (MODES[name].split is None)
+    # What was kept while sampling is the trunk, where there are layers in it.
+    assert (rollout.trunk is None) == (not MODES[name].split)
 
 
 def test_policies_do_not_influence_each_other(scene):
