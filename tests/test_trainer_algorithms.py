@@ -104,3 +104,21 @@ def test_a_missing_eos_costs_its_penalty(tmp_path):
                         rollouts=1, missing_eos_penalty=1.0)  # fmt: skip
     ended = lines[0]["val/num_eos_tokens"]
     assert lines[0]["objective/scores"] == pytest.approx(-(16 - ended) / 16)
+
+
+@pytest.mark.parametrize("way", ["sorted", "packed", "in_order"])
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dapo"])
+def test_groups_in_every_layout(tmp_path, way, algorithm):
+    """Replaced groups have no recorded trunk: the first ratio is 1 with and without its cache."""
+    for cached in (True, False):
+        _, _, lines = train(
+            tmp_path / str(cached), GRPOConfig, lambda prompts, completions, **_: [
+                x if p[0] < "e" else 0.0
+                for p, x in zip(prompts, share_of_e(completions), strict=True)
+            ],
+            rollouts=2, algorithm=algorithm, num_generations=4, dynamic_sampling=1, kl_coef=0.05,
+            overlong_share=0.0, microbatching=way, microbatch_tokens=30, trunk_cache=cached,
+        )  # fmt: skip
+        for line in lines:
+            assert line["check/first_ratio"] == 1 and line["memory/retries"] == 0
+        assert sum(line["group/resampled"] for line in lines) > 0
