@@ -80,13 +80,15 @@ def sampled(trainer: PPOTrainer) -> Rollout:
         layouts = trainer.cut(rollout.sequences, [torch.arange(sequences)], 320)
         found = score(trainer.backbone, rollout, layouts, trainer.config)
         return replace(rollout, trunk=found.trunk, rollout_logprobs=found.old_logprobs)
-    return trainer.engine.generate(next(trainer.batches()), trainer.generator)
+    return trainer.engine.generate(
+        next(trainer.batches()).batch(trainer.backbone.device), trainer.generator
+    )
 
 
 def step(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
     """Seconds of a step's phases, its rollout given."""
     trainer.engine.generate = lambda *_: rollout  # type: ignore[method-assign]
-    line = trainer.step(2, rollout.prompts)
+    line = trainer.step(2, trainer.train_prompts)
     return {phase: line[f"time/{phase}"] for phase in ("score", "update")}
 
 

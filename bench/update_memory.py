@@ -80,7 +80,7 @@ def measure() -> dict[str, Any]:
     experience = score(trainer.backbone, rollout, layouts, config)
     noise = torch.randn_like(experience.values)
     experience = experience.with_advantages(noise, noise)
-    spec = trainer.algorithm.spec(config, 1.0)
+    spec = trainer.algorithm.spec(config, 1.0, trainer.state)
     trainer.update(experience, rows, spec, first=False)  # makes the optimizer's state
 
     head = trainer.backbone.head

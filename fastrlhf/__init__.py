@@ -13,16 +13,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .backbone import SharedBackbone
     from .config import PPOConfig, load_config
+    from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .errors import SelfCheckError, UserError
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
-    from .trainer import PPOTrainer, Summary
+    from .summary import Summary
+    from .trainer import PPOTrainer
+    from .trainers import A2CTrainer, GRPOTrainer, ReinforceTrainer, RLOOTrainer
 
 __all__ = [
+    "A2CConfig",
+    "A2CTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
     "PPOConfig",
     "PPOTrainer",
     "PolicyLoss",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "ReinforceConfig",
+    "ReinforceTrainer",
     "SelfCheckError",
     "SharedBackbone",
     "Summary",
@@ -33,14 +44,22 @@ __all__ = [
 __version__ = version("fastrlhf")
 
 HOMES = {
+    "A2CConfig": "configs",
+    "A2CTrainer": "trainers",
+    "GRPOConfig": "configs",
+    "GRPOTrainer": "trainers",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
     "PolicyLoss": "loss_modules",
+    "RLOOConfig": "configs",
+    "RLOOTrainer": "trainers",
+    "ReinforceConfig": "configs",
+    "ReinforceTrainer": "trainers",
     "SelfCheckError": "errors",
     "SharedBackbone": "backbone",
-    "Summary": "trainer",
+    "Summary": "summary",
     "UserError": "errors",
     "ValueLoss": "loss_modules",
     "load_config": "config",

@@ -1,6 +1,6 @@
 """The command line: `fastrlhf ppo --config sentiment key=value`, `fastrlhf bench --quick`.
 
-Every setting of `PPOConfig` is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
+Every setting of a verb's configuration is a flag (`--kl-coef 0.1`) and a pair (`kl_coef=0.1`).
 Results go to standard output, everything else to standard error; a bad input is one sentence there
 and exit status 2.
 """
@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .config import describe_settings, load_config
+from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
 
 __all__ = ["main"]
@@ -37,23 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fastrlhf", description="RLHF for one memory-constrained GPU, or none."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    ppo = verbs.add_parser(
-        "ppo",
-        help="train a language model with PPO",
-        description="Train a language model with PPO. Prints the summary as one line of JSON.",
-        epilog="Settings, each given as --key value or key=value (what a recipe does not set has "
-        f"the default shown):\n{describe_settings()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
-    ppo.add_argument(
-        "--auto", action="store_true", help="pick microbatch, train_layers and quantization"
-    )
+    add_trainers(verbs)
     add_plan(verbs)
-    for verb in (ppo, verbs.choices["plan"]):
-        verb.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
-        verb.add_argument("--memory", metavar="8GB", help="the same without a GPU")
+    for verb in (*CONFIGS, "plan"):
+        budget = verbs.choices[verb]
+        budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
+        budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -69,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
-        return train_ppo(arguments, overrides(rest), started)
+        return train(arguments, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        kept = "; what was written is in the run's folder" if arguments.verb == "ppo" else ""
+        kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
         print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
         return 130
 
@@ -94,6 +84,25 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
             value = "true" if bare else left.pop(0)
         pairs.append((key.replace("-", "_"), value))
     return pairs
+
+
+def add_trainers(verbs: argparse._SubParsersAction) -> None:
+    for verb, kind in CONFIGS.items():
+        known_as = ", ".join(kind.family)
+        trains = verbs.add_parser(
+            verb,
+            help=f"train a language model with {verb.upper()}",
+            description=f"Train a language model; algorithm: {known_as}. Prints the summary as one "
+            "line of JSON.",
+            epilog="Settings, each given as --key value or key=value (what a recipe does not set "
+            f"has the default shown):\n{describe_settings(kind)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+        trains.add_argument(
+            "--auto", action="store_true", help="pick microbatch, train_layers and quantization"
+        )
 
 
 def add_plan(verbs: argparse._SubParsersAction) -> None:
@@ -125,19 +134,17 @@ def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> 
     return show_plan(config, budget, arguments.prompt_length, as_json=arguments.json)
 
 
-def train_ppo(
-    arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float
-) -> int:
+def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:
     recipe = arguments.config
-    config = load_config(recipe, settings)
+    config = load_config(recipe, settings, CONFIGS[arguments.verb])
     if (arguments.gpu or arguments.memory) and not arguments.auto:
         raise UserError("--gpu and --memory are for --auto and for `fastrlhf plan`; add --auto")
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from fastrlhf_kernels import VocabTensorError
 
-    from .trainer import PPOTrainer
+    from .trainers import TRAINERS
 
-    name = Path(recipe).stem if recipe else "ppo"
+    name = Path(recipe).stem if recipe else None
     if arguments.auto:
         from .plan_command import Budget, pick
 
@@ -145,7 +152,7 @@ def train_ppo(
         print(f"fastrlhf: {picked}", file=sys.stderr)
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     try:
-        summary = PPOTrainer(args=config, name=name, started=started).train()
+        summary = TRAINERS[arguments.verb](args=config, name=name, started=started).train()
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))

@@ -17,11 +17,19 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
+from .algorithm_settings import (
+    BY_ALGORITHM,
+    TRL_NAMES,
+    AlgorithmSettings,
+    check_algorithm,
+    require,
+)
 from .errors import UserError, nearest
+from .training_settings import check_training
 
 __all__ = ["PPOConfig", "describe_settings", "load_config"]
 
@@ -29,8 +37,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Settings of a PPO run. One episode is one prompt with its response."""
+class PPOConfig(AlgorithmSettings):
+    """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
     """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
@@ -46,11 +54,11 @@ class PPOConfig:
     total_episodes: int = 1024
     """Episodes in the whole run; a multiple of batch_size."""
     batch_size: int = 64
-    """Episodes a rollout; a multiple of num_mini_batches."""
+    """Episodes a rollout; a multiple of num_mini_batches and of num_generations."""
     num_mini_batches: int = 1
     """Optimizer steps an epoch."""
-    num_ppo_epochs: int = 4
-    """Passes over each rollout."""
+    num_ppo_epochs: int = BY_ALGORITHM
+    """Passes over each rollout. ppo, ppo_kl: 4; others: 1."""
     microbatch_tokens: int = 512
     """Prompt and response tokens in one forward and backward, padding counted; at least one
     sequence. Halved for the rest of the run where memory runs out."""
@@ -89,15 +97,16 @@ class PPOConfig:
     """What max_grad_norm bounds: the norm of all gradients (with optimizer_in_backward at the price
     of a second backward), or of each parameter's."""
 
-    kl_coef: float = 0.05
-    """Weight of the KL to the reference."""
-    kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    kl_coef: float = BY_ALGORITHM
+    """Weight of the KL to the reference. 0.05; grpo and its kin: 0."""
+    kl_estimator: Literal["exact", "k1", "k2", "k3"] = BY_ALGORITHM
     """`exact`: the next state's KL in the reward and this state's in the loss; `k1`: sampled, in
-    the reward; `k2`, `k3`: sampled, in the loss (docs/math.md, sections 3 and 4). TRL: k1."""
-    cliprange: float = 0.2
-    """PPO's epsilon for the ratio."""
-    cliprange_value: float = 0.2
-    """PPO's epsilon for the values."""
+    the reward; `k2`, `k3`: sampled, in the loss (docs/math.md, sections 3 and 4). exact; rloo: k1;
+    grpo and its kin: k3. TRL's PPO: k1."""
+    cliprange: float = BY_ALGORITHM
+    """PPO's epsilon for the ratio. 0.2; gspo: 3e-4; cispo: 1, which is no lower bound."""
+    cliprange_value: float | None = BY_ALGORITHM
+    """PPO's epsilon for the values. None: no clip. ppo, ppo_kl: 0.2."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
@@ -118,8 +127,9 @@ class PPOConfig:
     use_peft: bool = True
     """Train LoRA adapters in the top train_layers; False: those layers' own weights. The reference
     is then a frozen copy of what trains, or none at kl_coef 0."""
-    critic: Literal["shared", "adapter"] = "shared"
-    """`shared`: a value head on the policy's hidden states; `adapter`: on those of its own LoRA."""
+    critic: Literal["shared", "adapter"] | None = BY_ALGORITHM
+    """`shared`: a value head on the policy's hidden states; `adapter`: on those of its own LoRA;
+    None where the algorithm takes no values."""
     bf16: bool = False
     """Base weights and activations in bfloat16 (statistics and adapters stay in float32)."""
     quantization: Literal["int8", "nf4"] | None = None
@@ -143,16 +153,20 @@ class PPOConfig:
     audit: bool = False
     """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
 
+    family: ClassVar[tuple[str, ...]] = ("ppo", "ppo_kl")
+
     def __post_init__(self) -> None:
-        for field, hint in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, field, checked(field, getattr(self, field), hint))
+        self.fill_in()
+        hints = typing.get_type_hints(type(self))
+        for name in (field.name for field in dataclasses.fields(self)):
+            object.__setattr__(self, name, checked(name, getattr(self, name), hints[name]))
         at_least_one = (
             "total_episodes batch_size num_mini_batches num_ppo_epochs microbatch_tokens "
             "workspace_mb response_length lora_rank eval_prompts"
         )
         for name in at_least_one.split():
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        positive = "temperature learning_rate lora_alpha cliprange cliprange_value max_grad_norm"
+        positive = "temperature learning_rate lora_alpha cliprange max_grad_norm"
         for name in positive.split():
             require(getattr(self, name) > 0, f"{name} must be above 0")
         not_negative = "kl_coef vf_coef entropy_coef warmup_steps num_samples seed adam_eps"
@@ -160,49 +174,20 @@ class PPOConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
-        require(self.cliprange < 1, "cliprange must be below 1")
+        at_most_one = self.algorithm == "cispo" and self.cliprange == 1
+        require(self.cliprange < 1 or at_most_one, "cliprange must be below 1")
         require(
             self.train_layers == "all" or self.train_layers >= 1,
             "train_layers must be 'all' or at least 1",
         )
         exact_div(self, "total_episodes", "batch_size")
         exact_div(self, "batch_size", "num_mini_batches")
-        self.check_what_trains()
+        exact_div(self, "batch_size", "num_generations")
+        check_algorithm(self)
+        check_training(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
-        )
-        require(
-            self.optim != "adamw_torch" or self.use_peft or not self.bf16,
-            "adamw_torch would train bfloat16 weights with states in bfloat16, which loses small "
-            "steps; set optim to adamw_8bit",
-        )
-        require(
-            self.trunk_cache_mb is None or self.trunk_cache_mb >= 0,
-            "trunk_cache_mb must not be negative",
-        )
-        require(
-            self.trunk_cache or self.trunk_cache_mb is None,
-            "trunk_cache_mb needs trunk_cache: true; leave it out to keep nothing",
-        )
-        check_one_microbatch(self)
-
-    def check_what_trains(self) -> None:
-        require(
-            self.use_peft or self.quantization is None,
-            "only adapters train on quantised weights; set use_peft: true or quantization: null",
-        )
-        # Only where everything trains is the reference a whole model of its own.
-        second = not self.use_peft and self.train_layers == "all"
-        require(
-            self.reference_quantization is None or (second and self.kl_coef > 0),
-            "reference_quantization is for the copy that use_peft: false, train_layers: all and a "
-            "kl_coef above 0 need; set it to null",
-        )
-        require(
-            self.critic == "shared" or not second or self.kl_coef > 0,
-            "critic: adapter needs the frozen originals, which training all weights at kl_coef 0 "
-            "does not keep; set critic: shared",
         )
 
     @property
@@ -220,26 +205,34 @@ class PPOConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def describe_settings() -> str:
-    """Every setting with its default and its docstring, for `--help`."""
-    (tree,) = ast.parse(inspect.getsource(PPOConfig)).body
-    assert isinstance(tree, ast.ClassDef)
+def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
+    """Every setting with its default in ``kind`` and its docstring, for `--help`."""
+    default = kind()
     lines = []
-    for field, text in itertools.pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert field.value is not None
-            lines.append(f"  {ast.unparse(field.target)} = {ast.unparse(field.value)}")
-            meaning = " ".join(ast.literal_eval(text.value).split())
-            lines += textwrap.wrap(meaning, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for base in (AlgorithmSettings, PPOConfig):
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                name = ast.unparse(field.target)
+                lines.append(f"  {name} = {getattr(default, name)!r}")
+                meaning = " ".join(ast.literal_eval(text.value).split())
+                indent = " " * 6
+                lines += textwrap.wrap(meaning, 88, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
 
 
-def load_config(recipe: str | None, overrides: Sequence[tuple[str, str]] = ()) -> PPOConfig:
+def load_config(
+    recipe: str | None,
+    overrides: Sequence[tuple[str, str]] = (),
+    kind: type[PPOConfig] = PPOConfig,
+) -> PPOConfig:
     """Make a configuration from a recipe and ``(key, value)`` pairs given as text.
 
     Args:
         recipe: the name of a shipped recipe, the path of a YAML file, or None for the defaults.
         overrides: pairs that win over the recipe; the values are read as YAML.
+        kind: PPOConfig or one of `configs`.
 
     Raises:
         UserError: an unknown recipe or key (names the nearest), or a value that does not fit.
@@ -250,15 +243,17 @@ def load_config(recipe: str | None, overrides: Sequence[tuple[str, str]] = ()) -
             settings[key] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
-    return from_mapping(settings)
+    return from_mapping(settings, kind)
 
 
-def from_mapping(settings: Mapping[str, Any]) -> PPOConfig:
-    known = [field.name for field in dataclasses.fields(PPOConfig)]
+def from_mapping(settings: Mapping[str, Any], kind: type[PPOConfig] = PPOConfig) -> PPOConfig:
+    known = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
+        if key in TRL_NAMES:
+            raise UserError(f"unknown setting {key!r}; TRL's {key} is {TRL_NAMES[key]!r} here")
         if key not in known:
             raise UserError(f"unknown setting {key!r}; {nearest(str(key), known)}")
-    return PPOConfig(**settings)
+    return kind(**settings)
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
@@ -310,26 +305,6 @@ def fits(value: Any, option: Any) -> bool:
     if option is float:
         return isinstance(value, float) and math.isfinite(value)
     return isinstance(value, option)
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def check_one_microbatch(config: PPOConfig) -> None:
-    """Refuse an optimizer_in_backward that even the shortest sequences would not allow."""
-    sequences = config.batch_size // config.num_mini_batches
-    # A prompt has a token at least; a response that may stop early has one too.
-    shortest = 1 + (config.response_length if config.stop_token is None else 1)
-    require(
-        not config.optimizer_in_backward
-        or sequences == 1
-        or sequences * shortest <= config.microbatch_tokens,
-        f"optimizer_in_backward needs a minibatch in one microbatch, and {sequences} sequences of "
-        f"{shortest} tokens or more do not fit in microbatch_tokens ({config.microbatch_tokens}); "
-        "raise microbatch_tokens or num_mini_batches",
-    )
 
 
 def exact_div(config: PPOConfig, whole: str, part: str) -> None:

@@ -132,6 +132,7 @@ def gather(backbone: SharedBackbone, experience: Experience, layout: Layout) -> 
         ref_hidden = ref_hidden.index_select(0, on_device(number, device))
     return Microbatch(
         **vars(forward),
+        sequence_ids=torch.div(index, experience.response_mask.shape[1], rounding_mode="floor"),
         response_mask=taken(experience.response_mask),
         old_logprobs=taken(experience.old_logprobs),
         advantages=taken(experience.advantages),
@@ -148,7 +149,7 @@ def score_tokens(backbone: SharedBackbone, forward: Forward, config: PPOConfig) 
     roles: list[Role] = ["policy"]
     if backbone.has_reference:
         roles.append("reference")
-    if backbone.critic == "adapter":
+    if config.critic is not None and backbone.critic == "adapter":
         roles.append("critic")
     hidden = backbone.hidden_together(
         roles, forward.trunk, forward.attention_mask, forward.position_ids
@@ -168,7 +169,7 @@ def score_tokens(backbone: SharedBackbone, forward: Forward, config: PPOConfig) 
         else:
             ref_logprobs = reference_logprobs(backbone, ref_states, forward, config)
     values = None
-    if backbone.value_head is not None:
+    if config.critic is not None and backbone.value_head is not None:
         critic = hidden["critic"] if backbone.critic == "adapter" else hidden["policy"]
         values = forward.states(backbone.value_head(critic))
     return TokenScores(

@@ -23,13 +23,19 @@ from .types import Microbatch
 if TYPE_CHECKING:
     from .backbone import SharedBackbone
 
-__all__ = ["MicrobatchLoss", "head_arguments", "microbatch_loss", "reference_arguments"]
+__all__ = [
+    "MicrobatchLoss",
+    "head_arguments",
+    "microbatch_loss",
+    "policy_items",
+    "reference_arguments",
+]
 
 
 class MicrobatchLoss(NamedTuple):
     """A microbatch's share of its minibatch's loss; shares add up."""
 
-    loss: Tensor  # [] policy.loss + vf_coef · value.loss
+    loss: Tensor  # [] policy.loss, and vf_coef · value.loss with a critic
     policy: LossOutput[LossStats]
     value: LossOutput[ValueStats] | None  # None without a critic
     grad_norm: Tensor | None = None  # [] before clipping, once the whole minibatch is in
@@ -85,22 +91,36 @@ def reference_arguments(backbone: SharedBackbone, ref_hidden: Tensor | None) -> 
     return {"ref_hidden": ref_hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
 
+def policy_items(spec: PolicyLossSpec, mask: Tensor, response_length: int) -> int:
+    """By what the policy loss of a minibatch is divided (docs/math.md, section 3.5).
+
+    mask: [B, T] bool of the whole minibatch. response_length: tokens that a response may have.
+    """
+    if spec.aggregation == "token_mean":
+        return int(mask.sum())
+    sequences = int(mask.any(1).sum())
+    return sequences if spec.aggregation == "sequence_mean" else sequences * response_length
+
+
 def microbatch_loss(
     backbone: SharedBackbone,
     batch: Microbatch,
     spec: PolicyLossSpec,
     config: PPOConfig,
     num_items: int,
+    num_policy_items: int | None = None,
 ) -> MicrobatchLoss:
-    """Policy and value loss of ``batch``, which is a part of a minibatch.
+    """Policy loss and, with a critic, value loss of ``batch``, which is a part of a minibatch.
 
     Args:
         spec: the policy loss.
         num_items: response tokens in the whole minibatch, by which sums are divided.
+        num_policy_items: of `policy_items`, where the policy loss is divided by something else.
     """
     inputs = (batch.trunk, batch.attention_mask, batch.position_ids)
     hidden = backbone.hidden("policy", *inputs)
     exact = spec.kl_coef > 0 and spec.kl_estimator == "exact"
+    items = num_items if num_policy_items is None else num_policy_items
     policy = linear_policy_loss(
         batch.states(hidden),
         backbone.head.weight,
@@ -110,10 +130,15 @@ def microbatch_loss(
         batch.response_mask,
         spec,
         ref_logprobs=batch.ref_logprobs,
-        num_items=num_items,
+        sequence_ids=batch.sequence_ids,
+        num_items=items,
         **head_arguments(backbone, config),
         **reference_arguments(backbone, batch.ref_hidden if exact else None),
     )
+    if spec.aggregation == "constant":
+        # Statistics are means over tokens, whatever the loss is divided by.
+        stats = (x * (items / num_items) for x in policy.stats)
+        policy = policy._replace(stats=LossStats(*stats))
     if batch.values is None:
         return MicrobatchLoss(policy.loss, policy, None)
     value = value_loss(

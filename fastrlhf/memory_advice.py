@@ -61,7 +61,8 @@ def halves(value: int, least: int) -> list[int]:
 
 def batch_sizes(config: PPOConfig) -> list[int]:
     fitting = [n for n in halves(config.batch_size, 1) if config.batch_size % n == 0]
-    return [n for n in fitting if n % config.num_mini_batches == 0]
+    parts = (config.num_mini_batches, config.num_generations)
+    return [n for n in fitting if not any(n % part for part in parts)]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from .algorithms import ALGORITHMS
 from .config import PPOConfig
+from .controllers import AlgorithmState
 from .experience import gather, score
 from .loading import load_backbone
 from .losses import MicrobatchLoss, microbatch_loss
@@ -241,7 +242,7 @@ class Simulation:
     def update(self, experience: Experience) -> None:
         """One step of the optimizer."""
         config = self.config
-        spec = ALGORITHMS["ppo"].spec(config, 1.0)
+        spec = ALGORITHMS[config.algorithm].spec(config, 1.0, AlgorithmState.of(config))
         layouts = self.cut(experience.sequences, config.batch_size // config.num_mini_batches)
 
         def loss(layout: Layout) -> MicrobatchLoss:

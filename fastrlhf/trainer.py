@@ -1,11 +1,12 @@
-"""PPO as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.step`.
+"""The trainer as one straight line: generate, judge, score, shape, update. Read `PPOTrainer.step`.
 
-Deviations from Schulman et al. 2017 and from TRL's PPO, explained in docs/math.md:
+The algorithm is a row of algorithms.py. Deviations from Schulman et al. 2017 and from TRL's PPO,
+explained in docs/math.md:
 
 1. The KL to the reference is exact, split between the next token's reward and the loss.
 2. Policy, reference and critic are one backbone; its frozen layers run once a rollout.
 3. The first epoch's microbatches are those that scoring used: its first ratios are exactly 1.
-4. Advantages are whitened over the whole rollout.
+4. Advantages, where they are whitened, are so over the whole rollout.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,13 @@ from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig
+from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
 from .loading import load_backbone
-from .losses import MicrobatchLoss, microbatch_loss
+from .losses import MicrobatchLoss, microbatch_loss, policy_items
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
@@ -42,33 +44,18 @@ from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
-from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
+from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
 from .step import Updater
-from .types import Experience, Prompts
+from .summary import Summary
+from .types import Experience
 
-__all__ = ["PPOTrainer", "Summary"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended. Scores, KL, entropy and distinct_2 are on the held-out prompts."""
-
-    score_before: float
-    score_after: float
-    kl: float | None  # exact, nats a sequence, mean over sequences; None without a reference
-    entropy: float  # nats a token
-    distinct_2: float  # distinct word bigrams over word bigrams
-    steps: int  # rollouts trained on
-    seconds: float
-    peak_memory_mb: float  # VmHWM of the process, MiB
-    phase_seconds: dict[str, float]
-    memory_mb: dict[str, dict[str, float | None]]  # by phase: planned, measured (MiB)
+__all__ = ["PPOTrainer"]
 
 
 class PPOTrainer:
-    """Trains a language model with PPO.
+    """Trains a language model with PPO, or with the algorithm that its settings name.
 
     Args:
         model: a name or path for `find_pretrained`, or a backbone made before.
@@ -77,12 +64,14 @@ class PPOTrainer:
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
         processing_class: the tokenizer, if not the model's own.
-        name: of the run, for its folder and plot.
+        name: of the run, for its folder and plot. None: the algorithm's.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
 
     Raises:
         UserError: whatever can be known to fail before training, the reward function called once.
     """
+
+    config_class: ClassVar[type[PPOConfig]] = PPOConfig
 
     def __init__(
         self,
@@ -93,13 +82,17 @@ class PPOTrainer:
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         processing_class: Any = None,
         *,
-        name: str = "ppo",
+        name: str | None = None,
         started: float | None = None,
     ):
         self.started = time.perf_counter() if started is None else started
-        self.config = config = args or PPOConfig()
-        self.algorithm = ALGORITHMS["ppo"]
-        self.name = name
+        self.config = config = self.config_class() if args is None else args
+        if not isinstance(config, self.config_class):
+            kinds = self.config_class.__name__, type(config).__name__
+            raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self.state = AlgorithmState.of(config)
+        self.name = name = name or config.algorithm
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
@@ -130,6 +123,9 @@ class PPOTrainer:
         self.budget = MicrobatchBudget(config, self.display.say)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.sampler = GroupSampler(
+            self.engine, self.reward, self.train_prompts, self.shuffler, config
+        )
 
     def find(
         self, model: str | SharedBackbone, tokenizer: Any
@@ -138,10 +134,10 @@ class PPOTrainer:
             tokenizer = tokenizer if tokenizer is not None else model.tokenizer
             if tokenizer is None:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
-            if self.algorithm.needs_critic and model.critic is None:
+            if self.config.critic and model.critic is None:
                 raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
-            if self.config.kl_coef and not model.has_reference:
-                raise UserError("kl_coef needs a backbone with a reference; set kl_coef to 0")
+            if (self.config.kl_coef or self.config.kl_limit) and not model.has_reference:
+                raise UserError("no reference, no KL; set kl_coef to 0 and leave kl_limit out")
             checked_tokenizer(tokenizer, "processing_class")
             return model, tokenizer
         source = find_pretrained(model, trust_remote_code=self.config.trust_remote_code)
@@ -184,37 +180,53 @@ class PPOTrainer:
                 line = self.step(number, prompts)
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
-            after = self.evaluate("after training", step=config.steps)
-        return self.finish(before, after)
+                if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
+                    self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
+                    break
+            after = self.evaluate("after training", step=number)
+        return self.finish(before, after, number)
 
-    def step(self, number: int, prompts: Prompts) -> dict[str, Any]:
+    def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
         """One rollout and what is learnt from it; its metrics."""
         config = self.config
         with self.timer("rollout"):
-            rollout = self.engine.generate(prompts, self.generator)
-            scores = self.reward(rollout)
-            scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
+            rollout, scores, sampling = self.sampler(prompts, self.generator)
         with self.timer("score"), self.audited():
-            minibatches = self.deal(len(prompts))
+            minibatches = self.deal(len(scores))
             experience = self.budget.run(
                 partial(self.cut, rollout.sequences, minibatches),
                 lambda layouts: score(self.backbone, rollout, layouts, config),
                 lambda: self.updater.can_repeat,
             )
             experience, scores = experience.judged_by(scores)
-            learnt = self.algorithm.advantages(scores, experience, config)
+            learnt = self.algorithm.advantages(scores, experience, config, self.state)
             experience = experience.with_advantages(learnt.advantages, learnt.returns)
-            spec = self.algorithm.spec(config, float(learnt.scale))
+            spec = self.algorithm.spec(config, float(learnt.scale), self.state)
             checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
         with self.timer("update"), self.audited():
-            losses: list[MicrobatchLoss] = []
             checks["lr"] = float(self.schedule.get_last_lr()[0])
-            for epoch in range(config.num_ppo_epochs):
-                for rows in minibatches if epoch == 0 else self.deal(len(prompts)):
-                    losses += self.update(experience, rows, spec, first=not losses)
+            losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-        line |= step_metrics(rollout, scores, experience, losses, config.kl_coef)
-        return line | checks | self.budget.metrics() | self.timer.take_step()
+        line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
+        line |= self.state.metrics(config) | sampling | checks | self.budget.metrics()
+        self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
+        return line | self.timer.take_step()
+
+    def epochs(
+        self, experience: Experience, minibatches: list[Tensor], spec: PolicyLossSpec
+    ) -> list[MicrobatchLoss]:
+        """Every optimizer step on a rollout, until `target_kl`; one summed loss a step.
+
+        ``minibatches``: the first epoch's, those that scoring used.
+        """
+        losses: list[MicrobatchLoss] = []
+        far = self.config.target_kl
+        for epoch in range(self.config.num_ppo_epochs):
+            for rows in minibatches if epoch == 0 else self.deal(len(experience)):
+                losses += self.update(experience, rows, spec, first=not losses)
+                if far is not None and losses and losses[-1].policy.stats.approx_kl > far:
+                    return losses
+        return losses
 
     def update(
         self, experience: Experience, rows: Tensor, spec: PolicyLossSpec, *, first: bool
@@ -224,15 +236,16 @@ class PPOTrainer:
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
         returned, where no sequence of the minibatch was judged.
         """
-        num_items = int(experience.response_mask[rows].sum())
+        mask = experience.response_mask[rows]
+        num_items = int(mask.sum())
         if num_items == 0:
             return []
-
+        policy = policy_items(spec, mask, self.config.response_length)
         steps = False
 
         def loss(layout: Layout) -> MicrobatchLoss:
             batch = gather(self.backbone, experience, layout)
-            return microbatch_loss(self.backbone, batch, spec, self.config, num_items)
+            return microbatch_loss(self.backbone, batch, spec, self.config, num_items, policy)
 
         def check(parts: list[MicrobatchLoss]) -> None:
             nonlocal steps
@@ -258,10 +271,10 @@ class PPOTrainer:
         finally:
             save_weights(self.backbone, self.folder.path / "checkpoints" / name)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[PromptSet]:
         config = self.config
-        for batch in self.train_prompts.batches(config.batch_size, config.steps, config.seed):
-            yield batch.batch(self.backbone.device)
+        prompts = config.batch_size // config.num_generations
+        yield from self.train_prompts.batches(prompts, config.steps, config.seed)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
@@ -300,7 +313,7 @@ class PPOTrainer:
         self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
         return result
 
-    def finish(self, before: Evaluation, after: Evaluation) -> Summary:
+    def finish(self, before: Evaluation, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
         if can_plot():
             path: Path = self.folder.path / "plot.png"
@@ -324,7 +337,7 @@ class PPOTrainer:
             kl=after.kl,
             entropy=after.entropy,
             distinct_2=after.distinct_2,
-            steps=self.config.steps,
+            steps=steps,
             seconds=time.perf_counter() - self.started,
             peak_memory_mb=self.timer.memory.peak_mb(),
             phase_seconds=dict(self.timer.total),

@@ -121,6 +121,7 @@ class Forward:
 class Microbatch(Forward):
     """A microbatch with what its tokens learn from."""
 
+    sequence_ids: Tensor  # [n] int64, the sequence of the rollout that each token belongs to
     response_mask: Tensor  # [n] bool, True = trains
     old_logprobs: Tensor  # [n] float32
     advantages: Tensor  # [n] float32

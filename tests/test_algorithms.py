@@ -8,12 +8,14 @@ import torch
 from fastrlhf.advantages import explained_variance, gae_advantages
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.config import PPOConfig
+from fastrlhf.controllers import AlgorithmState
 from fastrlhf.microbatches import Sequences
 from fastrlhf.types import Experience
 from fastrlhf_kernels import PolicyLossSpec, gae, linear_policy_loss, whiten
 
 B, T, D, V = 6, 5, 8, 11
 CONFIG = PPOConfig(kl_coef=0.3, gamma=0.9, lam=0.8, cliprange=0.3)
+STATE = AlgorithmState.of(CONFIG)
 
 
 def draw(*shape, seed=0):
@@ -67,14 +69,14 @@ def test_whitening_scales_the_whole_objective(whiten_rewards):
     """Up to the mean it removes, the whitened loss is `scale` times the plain one."""
     config = replace(CONFIG, whiten_rewards=whiten_rewards)
     ppo = ALGORITHMS["ppo"]
-    learnt = ppo.advantages(draw(B, seed=8), experience(), config)
+    learnt = ppo.advantages(draw(B, seed=8), experience(), config, STATE)
     scale = float(learnt.scale)
     shift = learnt.advantages / scale
-    whitened = gradient(learnt.advantages, ppo.spec(config, scale))
-    plain = gradient(shift, ppo.spec(config, 1.0))
+    whitened = gradient(learnt.advantages, ppo.spec(config, scale, STATE))
+    plain = gradient(shift, ppo.spec(config, 1.0, STATE))
     torch.testing.assert_close(whitened, scale * plain)
     assert abs(scale - 1) > 0.05, "a scale of 1 would show nothing"
-    unscaled = gradient(learnt.advantages, ppo.spec(config, 1.0))
+    unscaled = gradient(learnt.advantages, ppo.spec(config, 1.0, STATE))
     assert (unscaled - whitened).norm() > 1e-2 * whitened.norm()
 
 
@@ -82,7 +84,7 @@ def test_exact_rewards_carry_the_discounted_kl_of_the_next_state():
     from fastrlhf.algorithms import token_rewards
 
     scores = draw(B, seed=8)
-    rewards = token_rewards(scores, experience(), CONFIG)
+    rewards = token_rewards(scores, experience(), CONFIG, STATE)
     kl = experience().kl
     assert rewards[0, 1] == pytest.approx(float(-0.9 * 0.3 * kl[0, 2]))
     assert rewards[1, 2] == pytest.approx(float(scores[1])), "no KL after the last token"
@@ -91,9 +93,9 @@ def test_exact_rewards_carry_the_discounted_kl_of_the_next_state():
 
 def test_the_kl_stands_in_reward_or_loss_but_not_in_both():
     ppo = ALGORITHMS["ppo"]
-    assert ppo.spec(CONFIG, 2.0).kl_coef == pytest.approx(0.6)
-    assert ppo.spec(replace(CONFIG, kl_estimator="k1"), 2.0).kl_coef == 0
-    spec = ppo.spec(replace(CONFIG, kl_estimator="k3"), 1.0)
+    assert ppo.spec(CONFIG, 2.0, STATE).kl_coef == pytest.approx(0.6)
+    assert ppo.spec(replace(CONFIG, kl_estimator="k1"), 2.0, STATE).kl_coef == 0
+    spec = ppo.spec(replace(CONFIG, kl_estimator="k3"), 1.0, STATE)
     assert (spec.kl_estimator, spec.kl_coef, spec.cliprange_low) == ("k3", 0.3, 0.3)
 
 
@@ -101,7 +103,9 @@ def test_without_a_kl_the_reward_is_the_score():
     from fastrlhf.algorithms import token_rewards
 
     scores = draw(B, seed=8)
-    rewards = token_rewards(scores, replace(experience(), kl=None), replace(CONFIG, kl_coef=0.0))
+    config = replace(CONFIG, kl_coef=0.0)
+    state = AlgorithmState.of(config)
+    rewards = token_rewards(scores, replace(experience(), kl=None), config, state)
     torch.testing.assert_close(rewards.sum(-1), scores, check_dtype=False)
     assert rewards[0, 4] != 0 and (rewards[0, :4] == 0).all()
 

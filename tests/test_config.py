@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 
+from fastrlhf.algorithm_settings import AlgorithmSettings
 from fastrlhf.config import RECIPES, PPOConfig, describe_settings, load_config
 from fastrlhf.errors import UserError
 
@@ -69,7 +70,7 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path):
 
 
 def test_every_field_has_a_docstring():
-    source = inspect.getsource(PPOConfig)
+    source = inspect.getsource(AlgorithmSettings) + inspect.getsource(PPOConfig)
     for field in dataclasses.fields(PPOConfig):
         after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), field.name

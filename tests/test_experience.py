@@ -9,6 +9,7 @@ import torch
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.config import PPOConfig
+from fastrlhf.controllers import AlgorithmState
 from fastrlhf.data import PromptSet
 from fastrlhf.experience import gather, score
 from fastrlhf.heads import LanguageModelHead
@@ -85,7 +86,7 @@ def test_the_cut_changes_only_rounding(scene, way, estimator):
 
 def minibatch_loss(backbone, experience, way, config, rows=ALL):
     """The loss of a minibatch, summed over its microbatches, and its gradients."""
-    spec = ALGORITHMS["ppo"].spec(config, 1.3)
+    spec = ALGORITHMS["ppo"].spec(config, 1.3, AlgorithmState.of(config))
     num_items = int(experience.response_mask[rows].sum())
     parts = []
     for layout in cut(experience.sequences, rows, *way):
@@ -203,9 +204,10 @@ def test_without_a_reference_nothing_is_said_of_the_kl(scene, monkeypatch):
     for name in ("old_logprobs", "entropy", "values"):
         assert torch.equal(getattr(experience, name), getattr(with_one, name))
     scores = torch.ones(len(PROMPTS))
-    learnt = ALGORITHMS["ppo"].advantages(scores, experience, config)
+    ppo, state = ALGORITHMS["ppo"], AlgorithmState.of(config)
+    learnt = ppo.advantages(scores, experience, config, state)
     assert torch.equal(
-        learnt.advantages, ALGORITHMS["ppo"].advantages(scores, with_one, config).advantages
+        learnt.advantages, ppo.advantages(scores, with_one, config, state).advantages
     )
     minibatch_loss(backbone, experience, ("sorted", 40), config)
 

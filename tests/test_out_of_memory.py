@@ -110,14 +110,14 @@ def test_a_run_goes_on_in_smaller_parts(tmp_path, monkeypatch, undisturbed, wher
 
 def prepared(t):
     """What an update of the first minibatch takes."""
-    prompts = next(t.batches())
+    prompts = next(t.batches()).batch()
     rollout = t.engine.generate(prompts, t.generator)
     rows = t.deal(len(prompts))
     layouts = t.cut(rollout.sequences, rows, t.budget.tokens)
     experience = module.score(t.backbone, rollout, layouts, t.config)
     noise = torch.randn(2, *rollout.response_mask.shape, generator=torch.Generator().manual_seed(3))
     experience = experience.with_advantages(noise[0], noise[1])
-    return experience, rows[0], t.algorithm.spec(t.config, 1.0)
+    return experience, rows[0], t.algorithm.spec(t.config, 1.0, t.state)
 
 
 def plain_steps(t, learning_rate=1.0):
@@ -227,7 +227,7 @@ def test_the_budget_is_halved_from_what_was_tried():
 def test_scoring_again_fills_the_whole_cache(tmp_path, monkeypatch):
     """A try that broke off half-way leaves no hole in what the next one keeps."""
     t = trainer(tmp_path)
-    rollout = replace(t.engine.generate(next(t.batches()), t.generator), trunk=None)
+    rollout = replace(t.engine.generate(next(t.batches()).batch(), t.generator), trunk=None)
     rows = torch.arange(32)
 
     def scored():

@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastrlhf import memory_advice
+from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.architectures import architecture, shipped
 from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
+from fastrlhf.configs import CONFIGS, GRPOConfig
 from fastrlhf.errors import UserError
 from fastrlhf.memory import MemoryPlan, parse_size, plan, planned_and_measured, size
-from fastrlhf.memory_advice import STEPS, automatic, fit
+from fastrlhf.memory_advice import STEPS, automatic, batch_sizes, fit
 from fastrlhf.memory_shapes import int8, nf4
 from fastrlhf.memory_simulation import Simulation, optimizer_bytes
 from fastrlhf.memory_tracking import StorageTracker, head_workspace, passes, tensor_bytes
@@ -30,10 +32,11 @@ MILLIONS = {
     "SmolLM2-135M": 134.5, "SmolLM2-360M": 361.8, "SmolLM2-1.7B": 1711.4,
     "Gemma-2-2B": 2614.3, "Gemma-3-1B": 999.9,
 }  # fmt: skip
-CONFIG = PPOConfig(
+SETTINGS = dict(
     batch_size=8, total_episodes=8, response_length=8, train_layers=2, microbatch_tokens=64,
     eval_prompts=4, workspace_mb=1,
 )  # fmt: skip
+CONFIG = PPOConfig(**SETTINGS)
 PROMPT = 6
 MODES = {
     "lora": {},
@@ -61,6 +64,24 @@ def test_every_shipped_shape_has_the_published_number_of_parameters():
             model = AutoModelForCausalLM.from_config(architecture(name))
         count = sum(p.numel() for p in model.parameters()) / 1e6
         assert count == pytest.approx(published, abs=0.06), name
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_plan(name, monkeypatch):
+    """With a critic and without, in groups or not: as the same steps with data."""
+    (kind,) = [kind for kind in CONFIGS.values() if name in kind.family]
+    config = kind(algorithm=name, **SETTINGS, kl_coef=0.1)
+    _, planned = simulation(config)
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    _, real = simulation(config, device="cpu")
+    for phase, peak in real.peaks.items():
+        assert planned.peaks[phase] == pytest.approx(peak, rel=0.05), phase
+    assert (planned.components["value head"] > 0) == (config.critic is not None)
+
+
+def test_a_smaller_batch_holds_whole_groups():
+    config = GRPOConfig(batch_size=48, total_episodes=48, num_generations=8, num_mini_batches=3)
+    assert batch_sizes(config) == [24]
 
 
 def test_names_of_the_hub_and_paths_find_their_shape(tmp_path):

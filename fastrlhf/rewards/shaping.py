@@ -11,12 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["eos_penalty", "kl_reward", "next_valid", "place_scores"]
+__all__ = ["eos_penalty", "kl_reward", "next_valid", "overlong_penalty", "place_scores"]
 
 
 def eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) -> Tensor:
     """``scores`` [B] with ``penalty`` taken off where no end-of-sequence token was sampled."""
     return scores if penalty is None else scores - penalty * (~ended).to(scores.dtype)
+
+
+def overlong_penalty(scores: Tensor, lengths: Tensor, limit: int, share: float) -> Tensor:
+    """`scores - ((lengths - (1 - share) * limit) / (share * limit)).clamp(0, 1)`.
+
+    scores: [B]. lengths: [B] response tokens. A response that fills ``limit`` loses 1; share 0 is
+    no penalty. Source: Yu et al. 2025 (DAPO), eq. 13.
+    """
+    if share == 0:
+        return scores
+    room = share * limit
+    return scores - ((lengths - (limit - room)) / room).clamp(0, 1).to(scores.dtype)
 
 
 def kl_reward(

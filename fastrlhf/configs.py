@@ -1,0 +1,55 @@
+"""The configurations of the verbs: `PPOConfig` with other algorithms and their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .config import PPOConfig
+
+__all__ = ["CONFIGS", "A2CConfig", "GRPOConfig", "RLOOConfig", "ReinforceConfig"]
+
+
+@dataclass(frozen=True)
+class GRPOConfig(PPOConfig):
+    """GRPO and its kin: no critic; completions of one prompt are compared with each other."""
+
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+
+    family: ClassVar[tuple[str, ...]] = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+
+
+@dataclass(frozen=True)
+class RLOOConfig(PPOConfig):
+    """RLOO: no critic; the other completions of a prompt are the baseline."""
+
+    algorithm: Literal["rloo"] = "rloo"
+
+    family: ClassVar[tuple[str, ...]] = ("rloo",)
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(PPOConfig):
+    """REINFORCE with a baseline; `baseline: value` has a critic."""
+
+    algorithm: Literal["reinforce"] = "reinforce"
+
+    family: ClassVar[tuple[str, ...]] = ("reinforce",)
+
+
+@dataclass(frozen=True)
+class A2CConfig(PPOConfig):
+    """Advantage actor-critic; `lam: 0` takes the TD residual."""
+
+    algorithm: Literal["a2c"] = "a2c"
+
+    family: ClassVar[tuple[str, ...]] = ("a2c",)
+
+
+CONFIGS: dict[str, type[PPOConfig]] = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "rloo": RLOOConfig,
+    "reinforce": ReinforceConfig,
+    "a2c": A2CConfig,
+}
