@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from .algorithms import ALGORITHMS
 from .config import PPOConfig
+from .errors import UserError
 from .experience import gather, score
 from .loading import load_backbone
 from .losses import MicrobatchLoss, microbatch_loss
@@ -115,7 +116,26 @@ class Simulation:
         self.peaks: dict[str, int] = {}
 
     def run(self) -> Simulated:
-        """Go through the phases."""
+        """Go through the phases.
+
+        Raises:
+            UserError: settings that the model cannot have, or a model whose own code fails on
+                tensors without data.
+        """
+        try:
+            return self.phases()
+        except UserError:
+            raise
+        except Exception as error:  # a model's code is another's, and may raise anything
+            if self.device != "meta":
+                raise
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+            raise UserError(
+                "this model cannot be planned: its code fails on tensors without data "
+                f"({reason}); train it without --auto"
+            ) from error
+
+    def phases(self) -> Simulated:
         config = self.config
         with ExitStack() as stack:
             if self.device == "meta":

@@ -272,6 +272,31 @@ def test_planned_beside_measured():
     assert figures["update"] == {"planned": None, "measured": None}
 
 
+def test_a_model_that_cannot_be_planned_costs_a_run_nothing(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("grouped_mm is not implemented\nfor meta tensors")
+
+    monkeypatch.setattr(Simulation, "rollout", fails)
+    with pytest.raises(UserError, match=r"cannot be planned: .*grouped_mm .* for meta tensors"):
+        plan(CONFIG, model_config=tiny.config(), prompt_length=PROMPT)
+    figures, told = planned_and_measured(
+        CONFIG, tiny.config(), {"update": 2**26}, prompt_length=PROMPT, device="cpu"
+    )
+    assert figures["update"] == {"planned": None, "measured": 64}
+    assert told.endswith("update ? / 64")
+    with pytest.raises(RuntimeError, match="grouped_mm"):
+        simulation(CONFIG, device="cpu")
+
+
+def test_an_evaluation_larger_than_a_batch_is_told_too():
+    given = {"prompt_length": PROMPT, "device": "cpu"}
+    for prompts, told in ((4, False), (32, True)):
+        config = replace(CONFIG, eval_prompts=prompts)
+        figures, line = planned_and_measured(config, tiny.config(), {"evaluate": 2**26}, **given)
+        assert figures["evaluate"]["measured"] == 64
+        assert ("evaluate" in line) == told == (figures["evaluate"]["planned"] is not None)
+
+
 def test_the_command(capsys, tmp_path):
     tiny.config().save_pretrained(tmp_path)
     words = ["plan", f"model={tmp_path}", "batch_size=8", "total_episodes=8", "train_layers=2",
