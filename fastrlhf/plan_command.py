@@ -66,11 +66,15 @@ def pick(config: PPOConfig, budget: Budget) -> tuple[PPOConfig, str]:
     """The configuration that `--auto` runs, and what it picked in words.
 
     Raises:
-        UserError: no budget, or one that is too little.
+        UserError: no budget, one that is too little, or one of a device that will not compute.
     """
     limit = budget.bytes
     if limit is None:
         raise UserError("--auto needs a budget: add --gpu 16GB, or --memory 8GB without a GPU")
+    if budget.gpu and not torch.cuda.is_available():
+        raise UserError(f"there is no GPU here; give --memory {budget.gpu}")
+    if budget.memory and torch.cuda.is_available():
+        raise UserError(f"the run would compute on the GPU here; give --gpu {budget.memory}")
     found = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     prompts = PromptSet.tokenize(
         load_rows(config.dataset), found.tokenizer, context=context_length(found.config),

@@ -37,7 +37,7 @@ from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
-from .out_of_memory import MicrobatchBudget
+from .out_of_memory import MicrobatchBudget, sampled
 from .plot import can_plot, plot_run
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
@@ -191,7 +191,8 @@ class PPOTrainer:
         """One rollout and what is learnt from it; its metrics."""
         config = self.config
         with self.timer("rollout"):
-            rollout = self.engine.generate(prompts, self.generator)
+            generate = partial(self.engine.generate, prompts, self.generator)
+            rollout = sampled(generate, len(prompts), "lower batch_size")
             scores = self.reward(rollout)
             scores = eos_penalty(scores, rollout.ended, config.missing_eos_penalty)
         with self.timer("score"), self.audited():

@@ -322,3 +322,13 @@ def test_auto_wants_a_budget(capsys):
     for words, message in ((["--auto"], "--auto needs a budget"), (["--gpu", "1GB"], "add --auto")):
         assert main(["ppo", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "other"), [(False, ("--gpu", "--memory")), (True, ("--memory", "--gpu"))]
+)
+def test_auto_plans_for_the_device_that_computes(gpu, other, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    given, wanted = other
+    assert main(["ppo", "--auto", given, "3GB"]) == 2
+    assert f"give {wanted} 3GB" in capsys.readouterr().err
