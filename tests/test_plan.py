@@ -1,21 +1,18 @@
-"""The plan says what is really held, its advice fits, and what cannot fit is refused."""
+"""The plan says what is really held, and what cannot fit is refused."""
 
 import json
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastrlhf import memory_advice
 from fastrlhf.architectures import architecture, shipped
 from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
 from fastrlhf.errors import UserError
-from fastrlhf.memory import MemoryPlan, parse_size, plan, planned_and_measured, size
-from fastrlhf.memory_advice import STEPS, automatic, fit
+from fastrlhf.memory import parse_size, plan, planned_and_measured, size
 from fastrlhf.memory_shapes import int8, nf4
 from fastrlhf.memory_simulation import Simulation, optimizer_bytes
 from fastrlhf.memory_tracking import StorageTracker, head_workspace, passes, tensor_bytes
@@ -166,56 +163,6 @@ def test_the_head_works_in_the_bytes_that_are_counted(dtype, trains, monkeypatch
     monkeypatch.setattr(ChunkedHead, "statistics", watched(ChunkedHead.statistics))
     call()
     assert counted[0] == pytest.approx(inside.peak - before, rel=0.1)
-
-
-def fake_plans(monkeypatch):
-    """Plans of a formula instead of a simulation: advice is tried out in no time."""
-
-    @cache
-    def planned(config, prompt_length):
-        layers = 4 if config.train_layers == "all" else config.train_layers
-        bits = {None: 16, "int8": 8, "nf4": 4}[config.quantization]
-        activations = config.microbatch_tokens * layers
-        activations //= 4 if config.gradient_checkpointing else 1
-        update = 1000 * bits + activations + config.batch_size * config.response_length
-        return MemoryPlan("tiny", "cpu", prompt_length, {}, {"update": update})
-
-    def stand_in(config, *, model_config, device, prompt_length):
-        return planned(config, prompt_length)
-
-    monkeypatch.setattr(memory_advice, "plan", stand_in)
-    return planned
-
-
-@pytest.mark.parametrize("budget", [16700, 16320, 16150, 12000, 8150, 4120, 4030])
-def test_advice_fits_and_no_change_of_it_can_be_left_out(budget, monkeypatch):
-    planned = fake_plans(monkeypatch)
-    config = replace(CONFIG, train_layers="all", microbatch_tokens=256)
-    found = fit(config, budget, model_config=tiny.config(), device="cpu", prompt_length=PROMPT)
-    assert found.changes
-    changed = replace(config, **{x.setting: x.value for x in found.changes})
-    assert changed == found.config and planned(changed, PROMPT).fits(budget)
-    assert [x.setting for x in found.changes] == [
-        x for x in STEPS if x in {c.setting for c in found.changes}
-    ]
-    for left_out in found.changes:
-        others = {x.setting: x.value for x in found.changes if x != left_out}
-        assert not planned(replace(config, **others), PROMPT).fits(budget)
-
-
-def test_a_budget_below_the_minimum_is_refused_with_one_that_would_do(monkeypatch):
-    fake_plans(monkeypatch)
-    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
-    with pytest.raises(UserError, match=r"is too little for .*: give at least .* quantization=nf4"):
-        fit(CONFIG, 4000, **given)
-
-
-def test_automatic_grows_the_microbatch_or_picks_what_fits(monkeypatch):
-    fake_plans(monkeypatch)
-    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
-    assert automatic(CONFIG, 10**6, **given).config.microbatch_tokens == 8 * 14
-    picked = automatic(CONFIG, 8300, **given)
-    assert picked.config.quantization == "int8" and picked.plan.fits(8300)
 
 
 def test_a_smaller_microbatch_and_checkpoints_are_planned_to_save():
