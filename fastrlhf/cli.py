@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     ppo.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
     ppo.add_argument(
-        "--auto", action="store_true", help="pick microbatch, train_layers and quantization"
-    )
+        "--auto", action="store_true",
+        help="fit --gpu or --memory: may change microbatch_tokens, gradient_checkpointing, "
+        "train_layers and quantization",
+    )  # fmt: skip
     add_plan(verbs)
     for verb in (ppo, verbs.choices["plan"]):
         verb.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
@@ -109,15 +111,15 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
     )
     plan.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
     plan.add_argument(
-        "--prompt-length", type=int, default=256, metavar="N",
-        help="tokens of the longest prompt (default: 256)",
+        "--prompt-length", type=int, metavar="N",
+        help="tokens of the longest prompt (assumed: 256)",
     )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
 
 
 def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     config = load_config(arguments.config, settings)
-    if arguments.prompt_length < 1:
+    if arguments.prompt_length is not None and arguments.prompt_length < 1:
         raise UserError("--prompt-length must be at least 1")
     from .plan_command import Budget, show_plan
 

@@ -71,9 +71,12 @@ class MemoryPlan:
             "needed": self.needed,
         }
 
-    def table(self, budget: int | None = None) -> str:
-        """Components and phases as lines of text."""
-        lines = [f"{self.model} on {self.device}, prompts of up to {self.prompt_length} tokens", ""]
+    def table(self, budget: int | None = None, *, assumed: bool = False) -> str:
+        """Components and phases as lines of text; ``assumed``: nobody gave the prompts' length."""
+        prompts = f"prompts of up to {self.prompt_length} tokens"
+        if assumed:
+            prompts = f"assumed prompt length {self.prompt_length}: give --prompt-length"
+        lines = [f"{self.model} on {self.device}, {prompts}", ""]
         lines += [row(name, count) for name, count in self.components.items()]
         lines += ["", f"{'peak of each phase':28}{'':12}" + ("" if budget is None else "  budget")]
         for phase in self.phases:

@@ -13,6 +13,7 @@ from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
 from fastrlhf.errors import UserError
 from fastrlhf.memory import parse_size, plan, planned_and_measured, size
+from fastrlhf.memory_advice import AUTOMATIC
 from fastrlhf.memory_shapes import int8, nf4
 from fastrlhf.memory_simulation import Simulation, optimizer_bytes
 from fastrlhf.memory_tracking import StorageTracker, head_workspace, passes, tensor_bytes
@@ -255,7 +256,6 @@ def test_the_command(capsys, tmp_path):
     record = json.loads(capsys.readouterr().out)
     assert record["fits"] and record["device"] == "cuda" and record["phases"]["update"] > 0
     for more, message in (
-        (["--gpu", "1MB"], "is too little for"),
         (["--gpu", "16"], "is not a size"),
         (["--gpu", "1GB", "--memory", "1GB"], "not both"),
         (["train_layers=9"], "the model has 4 layers"),
@@ -263,6 +263,54 @@ def test_the_command(capsys, tmp_path):
         assert main([*words, *more]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("fastrlhf: error:") == 1 and message in err
+
+
+def test_the_command_below_the_minimum_still_shows_the_plan(capsys, tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    words = ["plan", f"model={tmp_path}", "batch_size=1", "total_episodes=1", "train_layers=1",
+             "response_length=8", "eval_prompts=1", "--gpu", "1MB",
+             "num_mini_batches=1"]  # fmt: skip
+    assert main([*words, "--prompt-length", "6"]) == 2
+    out, err = capsys.readouterr()
+    assert "prompts of up to 6 tokens" in out and "too much" in out and "too little for" in err
+    assert main([*words, "--json", "--prompt-length", "6"]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["fits"] is False and record["changes"] is None and "too little for" in err
+
+
+def test_the_command_says_what_it_assumes_and_what_the_model_cannot_have(capsys, tmp_path):
+    shape = tiny.config()
+    shape.max_position_embeddings = 300
+    shape.save_pretrained(tmp_path)
+    words = ["plan", f"model={tmp_path}", "batch_size=2", "total_episodes=2", "train_layers=1"]
+    assert main([*words, "response_length=8"]) == 0
+    assert "assumed prompt length 256: give --prompt-length" in capsys.readouterr().out
+    assert main([*words, "response_length=8", "--prompt-length", "293"]) == 2
+    message = "293 tokens, which with response_length 8 exceeds the model's context of 300"
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_what_auto_may_change(capsys):
+    with pytest.raises(SystemExit):
+        main(["ppo", "--help"])
+    told = capsys.readouterr().out.partition("\n  --auto")[2].partition("\n  --gpu 16GB")[0]
+    assert all(setting in told for setting in AUTOMATIC)
+
+
+def test_without_kernels_sampling_is_planned_with_its_copies(monkeypatch):
+    shape = tiny.config()
+    shape.vocab_size = 5000
+    given = {"config": CONFIG, "model_config": shape, "kind": "cpu", "prompt_length": PROMPT}
+    lean = Simulation(**given).run().peaks["rollout"]
+    monkeypatch.setattr("fastrlhf_kernels._cpu.available", lambda: False)
+    planned = Simulation(**given).run().peaks["rollout"]
+    # Logits, probabilities and their sums in float64.
+    assert planned > lean + 3 * 8 * 8 * 5000
+    monkeypatch.setattr("fastrlhf_kernels._backend._device_backend", lambda *_: "reference")
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    real = Simulation(**given, device="cpu").run().peaks["rollout"]
+    assert planned == pytest.approx(real, rel=0.05)
 
 
 def test_auto_wants_a_budget(capsys):
