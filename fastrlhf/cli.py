@@ -101,7 +101,10 @@ def add_trainers(verbs: argparse._SubParsersAction) -> None:
         )
         trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
         trains.add_argument(
-            "--auto", action="store_true", help="pick microbatch, train_layers and quantization"
+            "--auto",
+            action="store_true",
+            help="fit --gpu or --memory: may change microbatch_tokens, gradient_checkpointing, "
+            "train_layers and quantization",
         )
 
 
@@ -118,15 +121,15 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
     )
     plan.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
     plan.add_argument(
-        "--prompt-length", type=int, default=256, metavar="N",
-        help="tokens of the longest prompt (default: 256)",
+        "--prompt-length", type=int, metavar="N",
+        help="tokens of the longest prompt (assumed: 256)",
     )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
 
 
 def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     config = load_config(arguments.config, settings)
-    if arguments.prompt_length < 1:
+    if arguments.prompt_length is not None and arguments.prompt_length < 1:
         raise UserError("--prompt-length must be at least 1")
     from .plan_command import Budget, show_plan
 

@@ -14,7 +14,7 @@ from .data import PromptSet
 from .errors import UserError
 from .experience import score
 from .microbatches import cut
-from .out_of_memory import MicrobatchBudget
+from .out_of_memory import MicrobatchBudget, sampled
 from .rewards.functions import RewardScorer
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
@@ -52,7 +52,10 @@ def evaluate(
     prompts = held_out.batch(backbone.device)
     # Seeds of training batches are not these: no evaluation draw is a training draw.
     generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
-    rollout = engine.generate(prompts, generator)
+    # Prompts of a dataset of their own are all taken.
+    own = len(prompts) != config.eval_prompts
+    change = "give fewer rows in eval_dataset" if own else "lower eval_prompts"
+    rollout = sampled(lambda: engine.generate(prompts, generator), len(prompts), change)
     scores = eos_penalty(reward(rollout), rollout.ended, config.missing_eos_penalty)
     judged = scores[~scores.isnan()]
     if not len(judged):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from .memory_simulation import Simulation
 __all__ = ["MemoryPlan", "parse_size", "plan", "planned_and_measured", "size"]
 
 MIB = 2**20
-PHASES = ("load", "rollout", "score", "update")
+PHASES = ("load", "evaluate", "rollout", "score", "update")
 LIBRARIES = {"cpu": 64 * MIB, "cuda": 16 * MIB}
 """What torch's libraries allocate for themselves, once. On a CPU (measured, bench/plan_check.py):
 the tokenizer, buffers of the matrix products, what malloc keeps. On a GPU: cuBLAS' workspaces."""
@@ -70,9 +71,12 @@ class MemoryPlan:
             "needed": self.needed,
         }
 
-    def table(self, budget: int | None = None) -> str:
-        """Components and phases as lines of text."""
-        lines = [f"{self.model} on {self.device}, prompts of up to {self.prompt_length} tokens", ""]
+    def table(self, budget: int | None = None, *, assumed: bool = False) -> str:
+        """Components and phases as lines of text; ``assumed``: nobody gave the prompts' length."""
+        prompts = f"prompts of up to {self.prompt_length} tokens"
+        if assumed:
+            prompts = f"assumed prompt length {self.prompt_length}: give --prompt-length"
+        lines = [f"{self.model} on {self.device}, {prompts}", ""]
         lines += [row(name, count) for name, count in self.components.items()]
         lines += ["", f"{'peak of each phase':28}{'':12}" + ("" if budget is None else "  budget")]
         for phase in self.phases:
@@ -129,14 +133,16 @@ def planned_and_measured(
 
     Args:
         model_config: None where the run's settings do not say what its model was; then there is no
-            plan.
+            plan, as there is none of a model that cannot be planned.
         peaks: measured bytes by phase.
     """
     planned: Mapping[str, int] = {}
     if model_config is not None:
-        planned = plan(
-            config, model_config=model_config, device=device, prompt_length=prompt_length
-        ).phases
+        # The run is over: what it has found is not lost for want of a plan.
+        with suppress(UserError):
+            planned = plan(
+                config, model_config=model_config, device=device, prompt_length=prompt_length
+            ).phases
     figures: dict[str, dict[str, float | None]] = {}
     for phase in PHASES:
         both = {"planned": planned.get(phase), "measured": peaks.get(phase)}
@@ -147,7 +153,9 @@ def planned_and_measured(
         words = ["?" if x is None else f"{x:.0f}" for x in (of, measured)]
         return f"{phase} {' / '.join(words)}"
 
-    return figures, "memory, planned / measured (MB): " + ", ".join(map(told, PHASES))
+    # Of no more prompts than a batch has, the evaluation is not planned: rollout and score are.
+    shown = [phase for phase in PHASES if phase != "evaluate" or phase in planned]
+    return figures, "memory, planned / measured (MB): " + ", ".join(map(told, shown))
 
 
 def size(count: int) -> str:

@@ -2,13 +2,15 @@
 
 `STEPS` is their order: what costs time alone, then what trains less, then what is stored with fewer
 bits, then what makes the run smaller. A step is taken as far as it must be, as far as it goes where
-that is not enough, and not at all where it saves nothing; in the end those that proved unnecessary
-are taken back. Every configuration that is advised has been planned and fits.
+that is not enough, and not at all where it saves nothing. The steps are gone through until none
+saves more; in the end those that proved unnecessary are taken back. Every configuration that is
+advised has been planned and fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +36,9 @@ class Change:
     saves: int
 
     def __str__(self) -> str:
-        return f"{self.setting}={self.value}"
+        # As it is written in a recipe and on the command line.
+        value = self.value if isinstance(self.value, str) else json.dumps(self.value)
+        return f"{self.setting}={value}"
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,17 @@ class Search:
     ):
         self.model_config = model_config or architecture(config.model)
         self.budget, self.device, self.prompt_length = budget, device, prompt_length
+        self.plans: dict[PPOConfig, MemoryPlan] = {}
         self.original = self.config = config
         self.plan = self.planned(config)
-        self.changes: list[Change] = []
 
     def planned(self, config: PPOConfig) -> MemoryPlan:
-        return plan(
-            config, model_config=self.model_config, device=self.device,
-            prompt_length=self.prompt_length,
-        )  # fmt: skip
+        if config not in self.plans:
+            self.plans[config] = plan(
+                config, model_config=self.model_config, device=self.device,
+                prompt_length=self.prompt_length,
+            )  # fmt: skip
+        return self.plans[config]
 
     def scene(self) -> Scene:
         depth = self.model_config.get_text_config().num_hidden_layers
@@ -129,52 +135,81 @@ class Search:
         trunk = self.plan.components.get("trunk cache", 0)
         return Scene(depth, length, self.device, trunk)
 
-    def attempt(self, setting: str, value: Any) -> tuple[PPOConfig, MemoryPlan] | None:
-        """The configuration with a change, planned; None where the settings do not allow it."""
+    def attempt(self, **changes: Any) -> tuple[PPOConfig, MemoryPlan] | None:
+        """The configuration with changes, planned; None where the settings do not allow them."""
         try:
-            changed = replace(self.config, **{setting: value})
+            changed = replace(self.config, **changes)
             return changed, self.planned(changed)
         except UserError:
             return None
 
-    def take(self, setting: str, values: Sequence[Any]) -> None:
-        """Change ``setting`` to the first of ``values`` that fits, or to the last if that saves."""
+    def step(self, setting: str, value: Any) -> tuple[PPOConfig, MemoryPlan] | None:
+        changes = {setting: value}
+        if setting == "batch_size":
+            # Otherwise the evaluation would be the larger rollout, and nothing would be saved.
+            changes["eval_prompts"] = min(value, self.config.eval_prompts)
+        return self.attempt(**changes)
+
+    def take(self, setting: str) -> bool:
+        """Change ``setting`` to its first value that fits, or to the last; False: saves nothing."""
+        values = STEPS[setting](self.config, self.scene())
         values = [x for x in values if x != getattr(self.config, setting)]
-        found = self.attempt(setting, values[-1]) if values else None
+        found = self.step(setting, values[-1]) if values else None
         if found is None or found[1].needed >= self.plan.needed:
-            return
-        value, low, high = values[-1], 0, len(values) - 1
+            return False
+        low, high = 0, len(values) - 1
         if found[1].fits(self.budget):
             while low < high:
                 middle = (low + high) // 2
-                tried = self.attempt(setting, values[middle])
+                tried = self.step(setting, values[middle])
                 if tried is not None and tried[1].fits(self.budget):
-                    found, value, high = tried, values[middle], middle
+                    found, high = tried, middle
                 else:
                     low = middle + 1
-        self.changes.append(Change(setting, value, self.plan.needed - found[1].needed))
         self.config, self.plan = found
+        return True
 
-    def search(self, settings: Iterable[str]) -> Fitting:
-        for setting in settings:
-            if self.plan.fits(self.budget):
-                break
-            self.take(setting, STEPS[setting](self.config, self.scene()))
+    def search(self, settings: Sequence[str]) -> Fitting:
+        takes = True
+        # What saves nothing while another phase is the peak may save when that has become smaller.
+        while takes and not self.plan.fits(self.budget):
+            takes = False
+            for setting in settings:
+                if not self.plan.fits(self.budget):
+                    takes |= self.take(setting)
         if not self.plan.fits(self.budget):
             raise UserError(self.too_little())
         self.take_back()
-        return Fitting(self.config, self.plan, tuple(self.changes))
+        return Fitting(self.config, self.plan, self.changes())
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not as they were, cheapest first."""
+        now = {setting: getattr(self.config, setting) for setting in STEPS}
+        return {k: value for k, value in now.items() if value != getattr(self.original, k)}
 
     def take_back(self) -> None:
-        """Undo what the last change has made unnecessary, the dearest first."""
-        for change in reversed(self.changes[:-1]):
-            found = self.attempt(change.setting, getattr(self.original, change.setting))
+        """Undo what later changes have made unnecessary, the dearest first."""
+        for setting in reversed(self.changed()):
+            found = self.attempt(**{setting: getattr(self.original, setting)})
             if found is not None and found[1].fits(self.budget):
-                self.changes.remove(change)
                 self.config, self.plan = found
 
+    def changes(self) -> tuple[Change, ...]:
+        """The changes, each with what it saves once those before it are made."""
+        made: list[Change] = []
+        so_far, needed = {}, self.planned(self.original).needed
+        for setting, value in self.changed().items():
+            so_far[setting] = value
+            try:
+                left = self.planned(replace(self.original, **so_far)).needed
+            except UserError:
+                left = needed  # goes with a later change alone, which is said to save it all
+            made.append(Change(setting, value, needed - left))
+            needed = left
+        return tuple(made)
+
     def too_little(self) -> str:
-        changes = " ".join(map(str, self.changes))
+        changes = " ".join(str(Change(*x, 0)) for x in self.changed().items())
         return (
             f"{size(self.budget)} is too little for {self.config.model}: give at least "
             f"{size(round_up(self.plan.needed))}" + (f", with {changes}" if changes else "")
@@ -194,7 +229,7 @@ def fit(
     model_config: PreTrainedConfig | None = None,
     device: str = "cuda",
     prompt_length: int = 256,
-    settings: Iterable[str] = tuple(STEPS),
+    settings: Sequence[str] = tuple(STEPS),
 ) -> Fitting:
     """The cheapest changes that make ``config`` fit ``budget`` bytes.
 

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fastrlhf_kernels import _backend, _cpu, reference, sample
+
 from .algorithms import ALGORITHMS
 from .config import PPOConfig
 from .controllers import AlgorithmState
+from .errors import UserError
 from .experience import gather, score
 from .loading import load_backbone
 from .losses import MicrobatchLoss, microbatch_loss
@@ -110,13 +113,38 @@ class Simulation:
     ):
         self.config, self.kind, self.device = config, kind, device
         self.prompt, self.length = prompt_length, prompt_length + config.response_length
+        # A GPU that is not here is taken for one that Triton knows.
+        if kind == "cpu":
+            self.samples_in_kernels = _cpu.available()
+        else:
+            here = torch.cuda.is_available()
+            self.samples_in_kernels = not here or _backend._device_backend(kind, None) == "triton"
         self.tracker = StorageTracker(kind)
         self.source = ShapeOnly(model_config, self.tracker)
         self.components: dict[str, int] = {}
         self.peaks: dict[str, int] = {}
 
     def run(self) -> Simulated:
-        """Go through the phases."""
+        """Go through the phases.
+
+        Raises:
+            UserError: settings that the model cannot have, or a model whose own code fails on
+                tensors without data.
+        """
+        try:
+            return self.phases()
+        except UserError:
+            raise
+        except Exception as error:  # a model's code is another's, and may raise anything
+            if self.device != "meta":
+                raise
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+            raise UserError(
+                "this model cannot be planned: its code fails on tensors without data "
+                f"({reason}); train it without --auto"
+            ) from error
+
+    def phases(self) -> Simulated:
         config = self.config
         with ExitStack() as stack:
             if self.device == "meta":
@@ -209,7 +237,7 @@ class Simulation:
                             self.tracker.forget(kept.host_rows)
                     kept.write_columns(start, states)
                 outputs.clear()
-                self.backbone.head.logits(hidden)
+                self.draw(self.backbone.head.logits(hidden))
         self.components["KV cache"] = sum(
             tensor_bytes(x.key_buffer, x.value_buffer) for x in cache.layers
         )
@@ -221,6 +249,14 @@ class Simulation:
         masks[0][0, 0] = 0.0
         vars(rollout)["sequences"] = Sequences(*(mask.bool() for mask in masks))
         return rollout
+
+    def draw(self, logits: Tensor) -> None:
+        """Sample: our kernels read the logits where they lie, the reference makes copies."""
+        if self.device != "meta":
+            sample(logits, temperature=self.config.temperature)
+        elif not self.samples_in_kernels:
+            row = logits.new_empty(logits.shape[0])
+            reference.sample(logits, row, row, 0, 1.0)
 
     def cut(self, sequences: Sequences, count: int) -> list[Layout]:
         given = (self.config.microbatching, self.config.microbatch_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from torch import Tensor
 from .advantages import explained_variance
 from .errors import UserError
 from .losses import MicrobatchLoss
+from .step import return_freed_memory
 from .types import Experience, Rollout
 
 __all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
@@ -208,9 +208,8 @@ class PhaseMemory:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
             return True
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            # What malloc keeps from the phase before would pass for this one's.
-            trim(0)
+        # What malloc keeps from the phase before would pass for this one's.
+        return_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:

@@ -2,7 +2,7 @@
 
 The sums of a step do not depend on its microbatches, so a step that has changed no weight yet is
 dropped and taken again with half the tokens a microbatch; the run keeps to that. What cannot be
-made smaller, or taken again, ends the run with the setting to change.
+made smaller, or taken again, ends the run with the setting to change; sampling is such a thing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import PPOConfig
 from .errors import UserError
 from .microbatches import Layout
 
-__all__ = ["MicrobatchBudget", "is_out_of_memory"]
+__all__ = ["MicrobatchBudget", "is_out_of_memory", "sampled"]
 
 T = TypeVar("T")
 
@@ -124,6 +124,25 @@ class MicrobatchBudget:
             "memory ran out while the optimizer stepped, which cannot be taken again; lower "
             "train_layers or set optim to paged_adamw_8bit"
         )
+
+
+def sampled(generate: Callable[[], T], count: int, change: str) -> T:
+    """`generate()`, which samples ``count`` responses.
+
+    Raises:
+        UserError: memory ran out; ``change`` says what makes the responses fewer.
+    """
+    try:
+        return generate()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        forget(error)
+    # What follows, such as saving the weights, has the memory that the attempt held.
+    gc.collect()
+    raise UserError(
+        f"memory ran out while sampling {count} responses; {change} or lower response_length"
+    )
 
 
 def forget(error: BaseException | None) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .config import PPOConfig
 from .errors import SelfCheckError, UserError
 
-__all__ = ["Updater", "gradient_norm"]
+__all__ = ["Updater", "gradient_norm", "return_freed_memory"]
 
 NOT_FINITE = "the gradient is not finite; lower learning_rate, or train without bf16"
 # Elements of a CPU tensor whose squares are summed in one go: float32 sums of more lose digits, and

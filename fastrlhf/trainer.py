@@ -323,6 +323,8 @@ class PPOTrainer:
             )
         else:
             self.display.say("no plot: pip install matplotlib")
+        # What the plan takes is not the run's.
+        seconds, peak_mb = time.perf_counter() - self.started, self.timer.memory.peak_mb()
         memory, told = planned_and_measured(
             self.config,
             self.model_config,
@@ -338,8 +340,8 @@ class PPOTrainer:
             entropy=after.entropy,
             distinct_2=after.distinct_2,
             steps=steps,
-            seconds=time.perf_counter() - self.started,
-            peak_memory_mb=self.timer.memory.peak_mb(),
+            seconds=seconds,
+            peak_memory_mb=peak_mb,
             phase_seconds=dict(self.timer.total),
             memory_mb=memory,
         )

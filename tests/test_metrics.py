@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fastrlhf.errors import UserError
-from fastrlhf.metrics import PhaseTimer, RunFolder
+from fastrlhf.metrics import PhaseMemory, PhaseTimer, RunFolder
 from fastrlhf.plot import plot_run
 
 
@@ -90,3 +90,12 @@ def test_a_run_of_one_step_has_a_plot(tmp_path):
             "objective/entropy": 3.0, "policy/clipfrac": 0.0}  # fmt: skip
     path = plot_run([line], tmp_path / "plot.png", title="one", held_out=(-0.1, 0.4))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_library_is_asked_for_malloc_where_there_is_no_glibc(monkeypatch):
+    def refuses(name):
+        raise TypeError("CDLL takes a name here")
+
+    monkeypatch.setattr("ctypes.CDLL", refuses)
+    monkeypatch.setattr("sys.platform", "win32")
+    PhaseMemory().restart()

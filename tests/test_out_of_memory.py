@@ -246,3 +246,29 @@ def test_scoring_again_fills_the_whole_cache(tmp_path, monkeypatch):
     )
     torch.testing.assert_close(again.kl, expected.kl, rtol=1e-4, atol=1e-5)
     assert json.dumps(t.budget.metrics())
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
+def test_sampling_that_does_not_fit_names_what_to_lower(tmp_path, monkeypatch, error):
+    t = trainer(tmp_path)
+
+    def generate(prompts, generator):
+        raise error.with_traceback(None)
+
+    monkeypatch.setattr(t.engine, "generate", generate)
+    held_out = len(t.held_out)
+    with pytest.raises(UserError, match=f"while sampling {held_out} responses; lower eval_prompts"):
+        t.train()
+    assert (tmp_path / "run/checkpoints/interrupted/adapter_model.safetensors").exists()
+    with pytest.raises(UserError, match="while sampling 32 responses; lower batch_size or lower"):
+        t.step(1, next(t.batches()))
+    monkeypatch.setattr(t, "config", replace(t.config, eval_prompts=held_out + 1))
+    with pytest.raises(UserError, match="give fewer rows in eval_dataset or lower response_length"):
+        t.evaluate("", 0)
+
+
+def test_other_errors_of_sampling_are_not_swallowed(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    monkeypatch.setattr(t.engine, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        t.step(1, next(t.batches()))

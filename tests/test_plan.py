@@ -1,23 +1,21 @@
-"""The plan says what is really held, its advice fits, and what cannot fit is refused."""
+"""The plan says what is really held, and what cannot fit is refused."""
 
 import json
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastrlhf import memory_advice
 from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.architectures import architecture, shipped
 from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
 from fastrlhf.configs import CONFIGS, GRPOConfig
 from fastrlhf.errors import UserError
-from fastrlhf.memory import MemoryPlan, parse_size, plan, planned_and_measured, size
-from fastrlhf.memory_advice import STEPS, automatic, batch_sizes, fit
+from fastrlhf.memory import parse_size, plan, planned_and_measured, size
+from fastrlhf.memory_advice import AUTOMATIC, batch_sizes
 from fastrlhf.memory_shapes import int8, nf4
 from fastrlhf.memory_simulation import Simulation, optimizer_bytes
 from fastrlhf.memory_tracking import StorageTracker, head_workspace, passes, tensor_bytes
@@ -189,56 +187,6 @@ def test_the_head_works_in_the_bytes_that_are_counted(dtype, trains, monkeypatch
     assert counted[0] == pytest.approx(inside.peak - before, rel=0.1)
 
 
-def fake_plans(monkeypatch):
-    """Plans of a formula instead of a simulation: advice is tried out in no time."""
-
-    @cache
-    def planned(config, prompt_length):
-        layers = 4 if config.train_layers == "all" else config.train_layers
-        bits = {None: 16, "int8": 8, "nf4": 4}[config.quantization]
-        activations = config.microbatch_tokens * layers
-        activations //= 4 if config.gradient_checkpointing else 1
-        update = 1000 * bits + activations + config.batch_size * config.response_length
-        return MemoryPlan("tiny", "cpu", prompt_length, {}, {"update": update})
-
-    def stand_in(config, *, model_config, device, prompt_length):
-        return planned(config, prompt_length)
-
-    monkeypatch.setattr(memory_advice, "plan", stand_in)
-    return planned
-
-
-@pytest.mark.parametrize("budget", [16700, 16320, 16150, 12000, 8150, 4120, 4030])
-def test_advice_fits_and_no_change_of_it_can_be_left_out(budget, monkeypatch):
-    planned = fake_plans(monkeypatch)
-    config = replace(CONFIG, train_layers="all", microbatch_tokens=256)
-    found = fit(config, budget, model_config=tiny.config(), device="cpu", prompt_length=PROMPT)
-    assert found.changes
-    changed = replace(config, **{x.setting: x.value for x in found.changes})
-    assert changed == found.config and planned(changed, PROMPT).fits(budget)
-    assert [x.setting for x in found.changes] == [
-        x for x in STEPS if x in {c.setting for c in found.changes}
-    ]
-    for left_out in found.changes:
-        others = {x.setting: x.value for x in found.changes if x != left_out}
-        assert not planned(replace(config, **others), PROMPT).fits(budget)
-
-
-def test_a_budget_below_the_minimum_is_refused_with_one_that_would_do(monkeypatch):
-    fake_plans(monkeypatch)
-    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
-    with pytest.raises(UserError, match=r"is too little for .*: give at least .* quantization=nf4"):
-        fit(CONFIG, 4000, **given)
-
-
-def test_automatic_grows_the_microbatch_or_picks_what_fits(monkeypatch):
-    fake_plans(monkeypatch)
-    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
-    assert automatic(CONFIG, 10**6, **given).config.microbatch_tokens == 8 * 14
-    picked = automatic(CONFIG, 8300, **given)
-    assert picked.config.quantization == "int8" and picked.plan.fits(8300)
-
-
 def test_a_smaller_microbatch_and_checkpoints_are_planned_to_save():
     config = replace(CONFIG, train_layers="all", microbatch_tokens=128)
     sizes = [
@@ -293,6 +241,31 @@ def test_planned_beside_measured():
     assert figures["update"] == {"planned": None, "measured": None}
 
 
+def test_a_model_that_cannot_be_planned_costs_a_run_nothing(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("grouped_mm is not implemented\nfor meta tensors")
+
+    monkeypatch.setattr(Simulation, "rollout", fails)
+    with pytest.raises(UserError, match=r"cannot be planned: .*grouped_mm .* for meta tensors"):
+        plan(CONFIG, model_config=tiny.config(), prompt_length=PROMPT)
+    figures, told = planned_and_measured(
+        CONFIG, tiny.config(), {"update": 2**26}, prompt_length=PROMPT, device="cpu"
+    )
+    assert figures["update"] == {"planned": None, "measured": 64}
+    assert told.endswith("update ? / 64")
+    with pytest.raises(RuntimeError, match="grouped_mm"):
+        simulation(CONFIG, device="cpu")
+
+
+def test_an_evaluation_larger_than_a_batch_is_told_too():
+    given = {"prompt_length": PROMPT, "device": "cpu"}
+    for prompts, told in ((4, False), (32, True)):
+        config = replace(CONFIG, eval_prompts=prompts)
+        figures, line = planned_and_measured(config, tiny.config(), {"evaluate": 2**26}, **given)
+        assert figures["evaluate"]["measured"] == 64
+        assert ("evaluate" in line) == told == (figures["evaluate"]["planned"] is not None)
+
+
 def test_the_command(capsys, tmp_path):
     tiny.config().save_pretrained(tmp_path)
     words = ["plan", f"model={tmp_path}", "batch_size=8", "total_episodes=8", "train_layers=2",
@@ -304,7 +277,6 @@ def test_the_command(capsys, tmp_path):
     record = json.loads(capsys.readouterr().out)
     assert record["fits"] and record["device"] == "cuda" and record["phases"]["update"] > 0
     for more, message in (
-        (["--gpu", "1MB"], "is too little for"),
         (["--gpu", "16"], "is not a size"),
         (["--gpu", "1GB", "--memory", "1GB"], "not both"),
         (["train_layers=9"], "the model has 4 layers"),
@@ -314,7 +286,65 @@ def test_the_command(capsys, tmp_path):
         assert out == "" and err.count("fastrlhf: error:") == 1 and message in err
 
 
+def test_the_command_below_the_minimum_still_shows_the_plan(capsys, tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    words = ["plan", f"model={tmp_path}", "batch_size=1", "total_episodes=1", "train_layers=1",
+             "response_length=8", "eval_prompts=1", "--gpu", "1MB",
+             "num_mini_batches=1"]  # fmt: skip
+    assert main([*words, "--prompt-length", "6"]) == 2
+    out, err = capsys.readouterr()
+    assert "prompts of up to 6 tokens" in out and "too much" in out and "too little for" in err
+    assert main([*words, "--json", "--prompt-length", "6"]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["fits"] is False and record["changes"] is None and "too little for" in err
+
+
+def test_the_command_says_what_it_assumes_and_what_the_model_cannot_have(capsys, tmp_path):
+    shape = tiny.config()
+    shape.max_position_embeddings = 300
+    shape.save_pretrained(tmp_path)
+    words = ["plan", f"model={tmp_path}", "batch_size=2", "total_episodes=2", "train_layers=1"]
+    assert main([*words, "response_length=8"]) == 0
+    assert "assumed prompt length 256: give --prompt-length" in capsys.readouterr().out
+    assert main([*words, "response_length=8", "--prompt-length", "293"]) == 2
+    message = "293 tokens, which with response_length 8 exceeds the model's context of 300"
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_what_auto_may_change(capsys):
+    with pytest.raises(SystemExit):
+        main(["ppo", "--help"])
+    told = capsys.readouterr().out.partition("\n  --auto")[2].partition("\n  --gpu 16GB")[0]
+    assert all(setting in told for setting in AUTOMATIC)
+
+
+def test_without_kernels_sampling_is_planned_with_its_copies(monkeypatch):
+    shape = tiny.config()
+    shape.vocab_size = 5000
+    given = {"config": CONFIG, "model_config": shape, "kind": "cpu", "prompt_length": PROMPT}
+    lean = Simulation(**given).run().peaks["rollout"]
+    monkeypatch.setattr("fastrlhf_kernels._cpu.available", lambda: False)
+    planned = Simulation(**given).run().peaks["rollout"]
+    # Logits, probabilities and their sums in float64.
+    assert planned > lean + 3 * 8 * 8 * 5000
+    monkeypatch.setattr("fastrlhf_kernels._backend._device_backend", lambda *_: "reference")
+    monkeypatch.setattr(torch.Tensor, "isfinite", passes)
+    real = Simulation(**given, device="cpu").run().peaks["rollout"]
+    assert planned == pytest.approx(real, rel=0.05)
+
+
 def test_auto_wants_a_budget(capsys):
     for words, message in ((["--auto"], "--auto needs a budget"), (["--gpu", "1GB"], "add --auto")):
         assert main(["ppo", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "other"), [(False, ("--gpu", "--memory")), (True, ("--memory", "--gpu"))]
+)
+def test_auto_plans_for_the_device_that_computes(gpu, other, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    given, wanted = other
+    assert main(["ppo", "--auto", given, "3GB"]) == 2
+    assert f"give {wanted} 3GB" in capsys.readouterr().err

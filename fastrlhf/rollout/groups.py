@@ -9,6 +9,7 @@ nothing, unless none is left: a rollout of dull groups is kept whole, its advant
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 from ..advantages import equal_scores
 from ..config import PPOConfig
 from ..data import PromptSet
+from ..out_of_memory import sampled
 from ..rewards.functions import RewardScorer
 from ..rewards.shaping import eos_penalty, overlong_penalty
 from ..types import Prompts, Rollout
@@ -94,7 +96,9 @@ class GroupSampler:
     def sample(self, batch: PromptSet, generator: torch.Generator) -> tuple[Rollout, Tensor]:
         size = self.config.num_generations
         repeated = batch.take([i for i in range(len(batch)) for _ in range(size)])
-        rollout = self.engine.generate(repeated.batch(self.engine.backbone.device), generator)
+        prompts = repeated.batch(self.engine.backbone.device)
+        generate = partial(self.engine.generate, prompts, generator)
+        rollout = sampled(generate, len(repeated), "lower batch_size")
         scores = eos_penalty(self.reward(rollout), rollout.ended, self.config.missing_eos_penalty)
         lengths = rollout.response_mask.sum(1)
         limit, share = self.config.response_length, self.config.overlong_share
