@@ -136,8 +136,8 @@ def check_fit(
 
 def rank_of(config: LoraConfig, path: str) -> int:
     """The rank that PEFT gives to the adapter of the linear layer at ``path``."""
-    patterns = config.rank_pattern
-    return patterns.get(get_pattern_key(patterns.keys(), path), config.r)
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(list(patterns), path), config.r)
 
 
 def is_hub_name(name: str) -> bool:

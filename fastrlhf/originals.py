@@ -180,9 +180,8 @@ def names_after(decoder: PreTrainedModel, last: nn.Module) -> list[str]:
 
     Found by running one token: the order in which children are declared says nothing.
     """
-    ran: list[str] = []
-    seen: list[nn.Module] = []
-    hooks = [last.register_forward_hook(lambda *_: (seen.append(last), ran.clear()) and None)]
+    ran: list[str | None] = []  # None: the last layer
+    hooks = [last.register_forward_hook(lambda *_: ran.append(None))]
     for name, child in decoder.named_children():
         if child is not decoder.get_input_embeddings() and any(True for _ in child.parameters()):
             hooks.append(child.register_forward_hook(lambda *_, n=name: ran.append(n)))
@@ -192,9 +191,9 @@ def names_after(decoder: PreTrainedModel, last: nn.Module) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    if not seen:
+    if ran.count(None) != 1:
         raise parts_unknown(decoder)
-    return list(dict.fromkeys(ran))
+    return [name for name in ran[ran.index(None) :] if name is not None]
 
 
 def parts_unknown(decoder: PreTrainedModel) -> UserError:

@@ -95,13 +95,12 @@ def check_settings(
 def check_models(model: PreTrainedModel, reference_model: PreTrainedModel | None) -> None:
     """Refuse models with adapters, and a reference whose states or tokens are not the model's."""
     for given in (model, reference_model):
-        if given is not None and any(isinstance(m, BaseTunerLayer) for m in given.modules()):
+        carries = (PeftModel, BaseTunerLayer)
+        if given is not None and any(isinstance(m, carries) for m in given.modules()):
             raise UserError(
                 "this model has adapters of PEFT already, so the reference would not be its base; "
                 "load the model anew, or pass the adapter's folder as adapter="
             )
-    if isinstance(model, PeftModel):
-        raise UserError("this is a PeftModel; load the model anew, or pass adapter=")
     if reference_model is None:
         return
     ours, theirs = (tuple(m.get_output_embeddings().weight.shape) for m in (model, reference_model))
@@ -128,7 +127,6 @@ class Roles(nn.Module):
         adapter: str | Path | None,
     ):
         super().__init__()
-        check_models(model, reference_model)
         config = model.config.get_text_config()
         depth = config.num_hidden_layers
         check_settings(
@@ -142,6 +140,7 @@ class Roles(nn.Module):
             adapter=adapter,
             quantized=is_quantized(model),
         )
+        check_models(model, reference_model)
         self.lora, self.critic, self.has_reference = lora, critic, reference
         self.top = depth if train_layers == "all" else train_layers
         self.entire = lora is None and train_layers == "all"

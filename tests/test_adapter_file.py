@@ -99,7 +99,7 @@ def test_weights_of_another_rank(adapter, settings):
     change(adapter, **settings)
     model = tiny.model()
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(UserError, match="has rank 3, and its .* says 5; save it again"):
+    with pytest.raises(UserError, match=r"has rank 3, and its .* says 5; save it again"):
         SharedBackbone(model, adapter=adapter)
     assert [name for name, _ in model.named_modules()] == names
 

@@ -248,7 +248,7 @@ def test_a_second_model_of_another_shape(changes):
 def test_a_model_that_has_adapters_already(scene):
     adapted = tiny_modes.adapted(tiny.model(**tiny_modes.WIDE), scene.adapter)
     for model in (adapted, get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))):
-        with pytest.raises(UserError, match="load the model anew, or pass .*adapter="):
+        with pytest.raises(UserError, match=r"load the model anew, or pass .*adapter="):
             SharedBackbone(model)
     with pytest.raises(UserError, match="load the model anew"):
         SharedBackbone(tiny.model(**tiny_modes.WIDE), lora=None, reference_model=adapted)
