@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -107,10 +108,17 @@ def check_fit(
             raise refuse(f"the model has no {path}")
         linear = modules[path]
         side = 1 if matrix == "lora_A" else 0
-        if weight.shape[side] != width(linear, side):
+        if weight.ndim != 2 or weight.shape[side] != width(linear, side):
             raise refuse(
                 f"{path} is {width(linear, 1)} to {width(linear, 0)} wide, and {matrix} is "
                 f"{' × '.join(map(str, weight.shape))}"
+            )
+        rank = rank_of(config, path)
+        if weight.shape[1 - side] != rank:
+            raise UserError(
+                f"the adapter in {folder} is not whole: {matrix} of {path} has rank "
+                f"{weight.shape[1 - side]}, and its adapter_config.json says {rank}; save it again "
+                "with PEFT"
             )
         index = [int(part) for part in path.split(".") if part.isdigit()]
         if not index:
@@ -124,6 +132,12 @@ def check_fit(
             f"the adapter in {folder} begins at layer {min(layers)} of {depth}, below the trained "
             f"ones; set train_layers to {depth - min(layers)} or 'all'"
         )
+
+
+def rank_of(config: LoraConfig, path: str) -> int:
+    """The rank that PEFT gives to the adapter of the linear layer at ``path``."""
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(list(patterns), path), config.r)
 
 
 def is_hub_name(name: str) -> bool:

@@ -6,6 +6,7 @@ switch also changes which parameters require a gradient, and with it what the op
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,12 @@ class LoraSettings:
     rank: int = 16
     alpha: float = 32.0
 
-    def for_layers(self, decoder: nn.Module, layers: list[int]) -> LoraConfig:
-        """PEFT's configuration for an adapter in ``layers``; no dropout (docs/math.md, 5.12)."""
+    def for_layers(self, model: PreTrainedModel, layers: list[int]) -> LoraConfig:
+        """PEFT's configuration for an adapter in ``layers`` of the model's decoder.
+
+        No dropout (docs/math.md, 5.12).
+        """
+        decoder = model.get_decoder()
         # A linear layer that carries an adapter already is called base_layer within its wrapper.
         names = [n.removesuffix(".base_layer") for n, m in decoder.named_modules() if is_linear(m)]
         linear = {n.rpartition(".")[2] for n in names if "lora_" not in n}
@@ -46,10 +51,23 @@ class LoraSettings:
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=0.0,
             target_modules=sorted(linear),
+            exclude_modules=outside(model, decoder, linear),
             fan_in_fan_out=any(isinstance(m, Conv1D) for m in decoder.modules()),
             layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )
+
+
+def outside(model: nn.Module, decoder: nn.Module, linear: set[str]) -> str | None:
+    """What excludes the linear layers beside the decoder that are named as ones in it, if any.
+
+    A vision tower has layers with the same numbers and names.
+    """
+    prefix = next(name for name, m in model.named_modules() if m is decoder) + "."
+    beside = [n for n, m in model.named_modules() if is_linear(m) and not n.startswith(prefix)]
+    if not any(name.rpartition(".")[2] in linear for name in beside):
+        return None
+    return f"(?!{re.escape(prefix)}).*"
 
 
 class Adapters:

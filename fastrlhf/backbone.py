@@ -22,12 +22,22 @@ from .errors import UserError
 from .heads import last_states
 from .pretrained import Pretrained, find_pretrained
 from .quantization import Quantization, is_quantized, layer_weights
-from .roles import Role, Roles
+from .roles import Role, Roles, check_settings
 from .trunk import Decoder, WholeDecoder, split_decoder
 
 __all__ = ["LoraSettings", "Role", "SharedBackbone"]
 
 RANK_16 = LoraSettings()
+# The constructor's settings that can be judged by the model's depth alone.
+CHECKED = (
+    "lora",
+    "train_layers",
+    "critic",
+    "reward",
+    "reference",
+    "reference_model",
+    "adapter",
+)
 
 
 class SharedBackbone(Roles):
@@ -129,13 +139,22 @@ class SharedBackbone(Roles):
             reference_quantization: of the second model where everything trains.
             settings: those of the constructor.
         """
-        model = found.load(dtype=dtype, device=device, quantization=quantization)
+        asked = {**(cls.__init__.__kwdefaults__ or {}), **settings}
+        # Before weights are read, which can take minutes.
+        check_settings(
+            found.config.get_text_config().num_hidden_layers,
+            quantized=quantization is not None,
+            **{name: asked[name] for name in CHECKED},
+        )
         if reference_quantization is not None:
-            if settings.get("lora", RANK_16) or settings.get("train_layers", "all") != "all":
+            entire = asked["lora"] is None and asked["train_layers"] == "all"
+            if not entire or not asked["reference"] or asked["reference_model"] is not None:
                 raise UserError(
                     "reference_quantization is for the second model that lora=None with "
-                    "train_layers='all' needs; leave it out"
+                    "train_layers='all' loads for its reference; leave it out"
                 )
+        model = found.load(dtype=dtype, device=device, quantization=quantization)
+        if reference_quantization is not None:
             settings["reference_model"] = found.load(
                 dtype=dtype, device=device, quantization=reference_quantization
             )
@@ -195,7 +214,8 @@ class SharedBackbone(Roles):
             policy_hidden: the policy's hidden states, which a shared critic reads.
             trunk, attention_mask, position_ids: what an adapter critic computes its own from.
         """
-        assert self.value_head is not None, "this backbone has no critic"
+        if self.value_head is None:
+            raise UserError("this backbone has no critic; make it with critic='shared'")
         if self.critic == "adapter":
             own = self.hidden("critic", trunk, attention_mask, position_ids)
             return self.value_head(own)
@@ -210,7 +230,8 @@ class SharedBackbone(Roles):
             tokens, attention_mask: [B, L], padded on either side.
             trunk: their trunk, where it is known already.
         """
-        assert self.reward_head is not None, "this backbone has no reward role"
+        if self.reward_head is None:
+            raise UserError("this backbone has no reward role; make it with reward=True")
         if trunk is None:
             trunk = self.trunk(tokens, attention_mask)
         hidden = self.hidden("reward", trunk, attention_mask)

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .errors import UserError
+from .families import FAMILIES
 from .heads import LanguageModelHead
 
 __all__ = ["Adapted", "OwnModel", "OwnTop"]
@@ -72,10 +74,11 @@ class Adapted(nn.Module):
 class OwnTop(Adapted):
     """A model whose top ``top`` layers train with the norm above them and an untied head.
 
-    A copy of these is made, which takes their place in `begin`.
+    A copy of these is made, which takes their place in `begin`; of the head only for a reference,
+    because no other role reads it.
     """
 
-    def __init__(self, model: PreTrainedModel, top: int, *, keep: bool):
+    def __init__(self, model: PreTrainedModel, top: int, *, keep: bool, reference: bool):
         super().__init__(model)
         decoder = model.get_decoder()
         # In tuples, because a module as an attribute would be registered a second time.
@@ -89,7 +92,7 @@ class OwnTop(Adapted):
         shared = {id(decoder.config): decoder.config}
         for parent, name in self.slots:
             self.other.append(copy.deepcopy(parent.get_submodule(name), shared))
-        if not self.tied:
+        if reference and not self.tied:
             self.output = copy.deepcopy(model.get_output_embeddings())
 
     def own(self) -> list[nn.Parameter]:
@@ -154,18 +157,47 @@ class OwnModel(Adapted):
 
 
 def top_parts(decoder: PreTrainedModel, top: int) -> list[tuple[nn.Module, str]]:
-    """Where the top ``top`` layers and the norm above them are: modules and names in them.
+    """Where the top ``top`` layers and what follows them are: modules and names in them.
 
-    Transformers declares a decoder's parts in the order in which they compute, so the norm,
-    whatever its name, comes after the layers.
+    Raises:
+        UserError: a decoder whose parts cannot be told.
     """
     depth = decoder.config.num_hidden_layers
-    children = list(decoder.named_children())
-    for i, (_, child) in enumerate(children):
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            layers: list[tuple[nn.Module, str]] = [
-                (child, str(k)) for k in range(depth - top, depth)
-            ]
-            above = [n for n, m in children[i + 1 :] if any(True for _ in m.parameters())]
-            return [*layers, *((decoder, name) for name in above)]
-    raise AssertionError(f"{type(decoder).__name__} has no list of {depth} layers")
+    if family := FAMILIES.get(decoder.config.model_type):
+        layers, above = family.layers_of(decoder), [family.norm]
+    else:
+        lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if len(lists) != 1:
+            raise parts_unknown(decoder)
+        layers = lists[0]
+        above = names_after(decoder, layers[-1])
+    return [*((layers, str(k)) for k in range(depth - top, depth)), *((decoder, n) for n in above)]
+
+
+@torch.no_grad()
+def names_after(decoder: PreTrainedModel, last: nn.Module) -> list[str]:
+    """Which children of a decoder run after its last layer and have weights.
+
+    Found by running one token: the order in which children are declared says nothing.
+    """
+    ran: list[str | None] = []  # None: the last layer
+    hooks = [last.register_forward_hook(lambda *_: ran.append(None))]
+    for name, child in decoder.named_children():
+        if child is not decoder.get_input_embeddings() and any(True for _ in child.parameters()):
+            hooks.append(child.register_forward_hook(lambda *_, n=name: ran.append(n)))
+    decoder.eval()  # in training a decoder may skip layers
+    try:
+        decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=decoder.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if ran.count(None) != 1:
+        raise parts_unknown(decoder)
+    return [name for name in ran[ran.index(None) :] if name is not None]
+
+
+def parts_unknown(decoder: PreTrainedModel) -> UserError:
+    return UserError(
+        f"the top layers of a {decoder.config.model_type} model cannot be told from the rest; "
+        "train adapters (use_peft: true) or everything (train_layers: all)"
+    )

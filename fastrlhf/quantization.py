@@ -116,8 +116,19 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def compute_dequantized(model: PreTrainedModel) -> None:
-    """Let the quantised linears of a model compute as this module says."""
-    for linear in quantized_linears(model):
+    """Let the quantised linears of a model compute as this module says.
+
+    Raises:
+        UserError: weights that bitsandbytes repacked, which rounds their scales for good.
+    """
+    linears = quantized_linears(model)
+    states = [getattr(linear.weight, "quant_state", None) for linear in linears]
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise UserError(
+            "bitsandbytes repacked and rounded this model's NF4 weights when it ran on the CPU; "
+            "load the model anew and hand it over before it runs"
+        )
+    for linear in linears:
         kind: Any = type(linear)
         if not issubclass(kind, DequantizedLinear):
             linear.__class__ = dequantized_class(kind)

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,12 +35,80 @@ from .heads import LanguageModelHead, RewardHead, ValueHead
 from .originals import Adapted, OwnModel, OwnTop
 from .quantization import compute_dequantized, is_quantized
 
-__all__ = ["Role", "Roles"]
+__all__ = ["Role", "Roles", "check_settings"]
 
 Role = str
 # PEFT writes the adapter named "default" where other tools look for it.
 POLICY_ADAPTER = "default"
 RESERVED = ("policy", "reference", "critic", "reward", POLICY_ADAPTER)
+
+
+def check_settings(
+    depth: int,
+    *,
+    lora: LoraSettings | None,
+    train_layers: int | Literal["all"],
+    critic: str | None,
+    reward: bool,
+    reference: bool,
+    reference_model: PreTrainedModel | None,
+    adapter: str | Path | None,
+    quantized: bool,
+) -> None:
+    """Whether roles with these settings can be on a model of ``depth`` layers.
+
+    Raises:
+        UserError: they exclude each other, or the model's depth excludes one.
+    """
+    is_count = isinstance(train_layers, int) and not isinstance(train_layers, bool)
+    if train_layers != "all" and not (is_count and train_layers >= 1):
+        raise UserError(f"train_layers is {train_layers!r}; set it to 'all' or at least 1")
+    if train_layers != "all" and train_layers > depth:
+        raise UserError(
+            f"train_layers is {train_layers}, but the model has {depth} layers; lower it"
+        )
+    if critic not in ("shared", "adapter", None):
+        raise UserError(f"critic is {critic!r}; set it to 'shared', 'adapter' or None")
+    entire = lora is None and train_layers == "all"
+    if reference_model is not None and not (entire and reference):
+        raise UserError(
+            "reference_model is for the reference that lora=None with train_layers='all' needs; "
+            "leave it out"
+        )
+    if lora is not None:
+        return
+    if quantized:
+        raise UserError(
+            "a quantised model's own weights cannot be trained; train adapters (use_peft: "
+            "true), or load the model with quantization: null"
+        )
+    if adapter is not None:
+        raise UserError("an adapter to start from needs LoRA; set use_peft: true")
+    on_originals = [r for r, on in (("critic", critic == "adapter"), ("reward", reward)) if on]
+    if entire and on_originals and not reference:
+        raise UserError(
+            f"the {on_originals[0]} adapter needs the frozen originals, which are not kept "
+            "without a reference; set kl_coef above 0 or critic='shared', without reward"
+        )
+
+
+def check_models(model: PreTrainedModel, reference_model: PreTrainedModel | None) -> None:
+    """Refuse models with adapters, and a reference whose states or tokens are not the model's."""
+    for given in (model, reference_model):
+        carries = (PeftModel, BaseTunerLayer)
+        if given is not None and any(isinstance(m, carries) for m in given.modules()):
+            raise UserError(
+                "this model has adapters of PEFT already, so the reference would not be its base; "
+                "load the model anew, or pass the adapter's folder as adapter="
+            )
+    if reference_model is None:
+        return
+    ours, theirs = (tuple(m.get_output_embeddings().weight.shape) for m in (model, reference_model))
+    if ours != theirs:
+        raise UserError(
+            f"reference_model has {theirs[0]} tokens and hidden size {theirs[1]}, the model "
+            f"{ours[0]} and {ours[1]}; give one of the same family and size"
+        )
 
 
 class Roles(nn.Module):
@@ -57,13 +127,24 @@ class Roles(nn.Module):
         adapter: str | Path | None,
     ):
         super().__init__()
-        self.lora, self.critic, self.has_reference = lora, critic, reference
         config = model.config.get_text_config()
         depth = config.num_hidden_layers
+        check_settings(
+            depth,
+            lora=lora,
+            train_layers=train_layers,
+            critic=critic,
+            reward=reward,
+            reference=reference,
+            reference_model=reference_model,
+            adapter=adapter,
+            quantized=is_quantized(model),
+        )
+        check_models(model, reference_model)
+        self.lora, self.critic, self.has_reference = lora, critic, reference
         self.top = depth if train_layers == "all" else train_layers
         self.entire = lora is None and train_layers == "all"
         on_originals = [r for r, on in (("critic", critic == "adapter"), ("reward", reward)) if on]
-        self.check(depth, on_originals, quantized=is_quantized(model), starts=adapter is not None)
         for given in (model, reference_model):
             if given is not None:
                 compute_dequantized(given)
@@ -73,10 +154,10 @@ class Roles(nn.Module):
         elif self.entire:
             self.base = OwnModel(model, reference_model, keep=keep)
         else:
-            self.base = OwnTop(model, self.top, keep=keep)
+            self.base = OwnTop(model, self.top, keep=keep, reference=reference)
         self.adapters = Adapters(self.base.adapted)
         self.adapter_settings = (lora or LoraSettings()).for_layers(
-            self.base.adapted.get_decoder(), list(range(depth - self.top, depth))
+            self.base.adapted, list(range(depth - self.top, depth))
         )
         # The adapters with which each role computes.
         self.roles: dict[Role, tuple[str, ...]] = {"policy": ()}
@@ -92,26 +173,6 @@ class Roles(nn.Module):
         self.reward_head = RewardHead(config.hidden_size) if reward else None
         self.base.begin()
         self.train_roles("policy", *(["critic"] if critic else []))
-
-    def check(self, depth: int, on_originals: list[Role], *, quantized: bool, starts: bool) -> None:
-        if self.top > depth:
-            raise UserError(
-                f"train_layers is {self.top}, but the model has {depth} layers; lower it"
-            )
-        if self.lora is not None:
-            return
-        if quantized:
-            raise UserError(
-                "a quantised model's own weights cannot be trained; train adapters (use_peft: "
-                "true), or load the model with quantization: null"
-            )
-        if starts:
-            raise UserError("an adapter to start from needs LoRA; set use_peft: true")
-        if self.entire and on_originals and not self.has_reference:
-            raise UserError(
-                f"the {on_originals[0]} adapter needs the frozen originals, which are not kept "
-                "without a reference; set kl_coef above 0 or critic='shared', without reward"
-            )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -157,10 +218,12 @@ class Roles(nn.Module):
                 f"policy {name!r} needs an adapter, and full training has none; set use_peft: true"
             )
         taken = dict.fromkeys((*RESERVED, *self.roles))
-        if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        # PEFT keeps adapters in a ModuleDict, which holds nothing under its own methods' names.
+        held = not hasattr(nn.ModuleDict(), name)
+        if name in taken or not held or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise UserError(
                 f"a policy cannot be named {name!r}; use letters, digits, - and _, and none of "
-                f"{', '.join(taken)}"
+                f"{', '.join(taken)} or the methods of a dictionary"
             )
         if start := self.roles.get("reference"):
             self.adapters.copy(start[0], name)
@@ -185,7 +248,17 @@ class Roles(nn.Module):
         """Let the weights of these roles, and no others, take gradients.
 
         A new backbone trains its policy and its critic; `add_policy` adds the policy it makes.
+
+        Raises:
+            UserError: a role that this backbone does not have, or that has nothing to train.
         """
+        trainable = [r for r in dict.fromkeys((*self.roles, "critic")) if r != "reference"]
+        trainable = [role for role in trainable if self.role_parameters(role)]
+        for role in roles:
+            if role not in trainable:
+                raise UserError(
+                    f"{role!r} is no role that this backbone can train; {nearest(role, trainable)}"
+                )
         self.trained_roles = roles
         for parameter in self.parameters():
             parameter.requires_grad_(False)

@@ -94,6 +94,21 @@ def test_other_kinds(adapter, settings, named):
     assert named in message
 
 
+@pytest.mark.parametrize("settings", [{"r": 5}, {"rank_pattern": {"up_proj": 5}}])
+def test_weights_of_another_rank(adapter, settings):
+    change(adapter, **settings)
+    model = tiny.model()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError, match=r"has rank 3, and its .* says 5; save it again"):
+        SharedBackbone(model, adapter=adapter)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_ranks_that_differ_between_layers(tmp_path):
+    folder = make_adapter(tmp_path / "a", tiny.model(), rank_pattern={"up_proj": 5})
+    SharedBackbone(tiny.model(), adapter=folder)
+
+
 def test_weights_that_the_settings_do_not_name(adapter):
     path = adapter / "adapter_model.safetensors"
     state = load_file(path)

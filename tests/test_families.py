@@ -5,7 +5,12 @@ import tiny
 import tiny_families
 import torch
 from tiny_families import FAMILIES
-from transformers import AutoConfig, Gemma3TextConfig
+from transformers import (
+    AutoConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.data import PromptSet
@@ -187,3 +192,26 @@ def test_layers_that_attend_otherwise_are_not_split():
     assert family_of(config) is not None
     config.layer_types = kinds
     assert family_of(config) is None
+
+
+def test_adapters_are_on_the_decoder_not_on_a_vision_tower(tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = sizes | dict(vocab_size=28, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    vision = sizes | dict(image_size=8, patch_size=4)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    backbone = SharedBackbone(Gemma3ForConditionalGeneration(config).eval(), train_layers=1)
+    adapted = {n for n, p in backbone.named_parameters() if "lora_" in n}
+    assert adapted and all("language_model.layers.1." in name for name in adapted)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in backbone.trainable():
+            parameter.normal_()
+    backbone.adapters.save(tmp_path, ["default"])
+    torch.manual_seed(3)
+    again = SharedBackbone(
+        Gemma3ForConditionalGeneration(config).eval(), train_layers=1, adapter=tmp_path
+    )
+    pairs = zip(backbone.role_parameters("policy"), again.role_parameters("policy"), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    # Where there is nothing beside the decoder, the settings are those of any tool.
+    assert SharedBackbone(tiny.model()).adapter_settings.exclude_modules is None

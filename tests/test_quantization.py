@@ -152,12 +152,33 @@ def test_a_model_that_was_quantised_elsewhere_computes_the_same(scene, kind):
     model = AutoModelForCausalLM.from_pretrained(
         scene.folders[True], dtype=torch.float32, **options
     ).eval()
+    if kind == "int8":
+        with torch.no_grad():
+            model(TOKENS)  # bitsandbytes moves the scales
     theirs = SharedBackbone(model, lora=tiny_modes.LORA, train_layers=2)
     ours = scene.backbone(MODES[kind])
     assert torch.equal(of_role(theirs, "reference"), of_role(ours, "reference"))
     before = type(model.model.layers[0].mlp.up_proj)
     compute_dequantized(model)
     assert type(model.model.layers[0].mlp.up_proj) is before
+
+
+def test_weights_that_bitsandbytes_repacked_are_refused(scene):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+    from transformers import AutoModelForCausalLM
+
+    options = quantization.loading_options("nf4", device="cpu", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        scene.folders[True], dtype=torch.float32, **options
+    ).eval()
+    # As bitsandbytes' forward does in evaluation on a CPU with AVX512-BF16.
+    weight = model.model.layers[3].mlp.up_proj.weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    with pytest.raises(UserError, match="load the model anew"):
+        SharedBackbone(model, lora=tiny_modes.LORA, train_layers=2)
+    assert not any(isinstance(m, DequantizedLinear) for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", KINDS)

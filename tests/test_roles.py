@@ -8,6 +8,7 @@ import pytest
 import tiny
 import tiny_modes
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_modes import MASK, MODES, TOKENS, of_model, of_role, train
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
@@ -17,6 +18,8 @@ from fastrlhf.errors import UserError
 from fastrlhf.rollout.decode import DecodeEngine
 
 CRITICS = ("shared", "adapter")
+# What a ModuleDict, in which PEFT keeps adapters, cannot hold.
+METHODS = ("keys", "values", "type", "train", "forward")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_a_further_policy_starts_as_the_reference_that_started_from_an_adapter(s
     assert not torch.allclose(of_role(backbone, "other"), of_role(backbone, "reference"))
 
 
-@pytest.mark.parametrize("name", ["reference", "default", "left", "a.b", ""])
+@pytest.mark.parametrize("name", ["reference", "default", "left", "a.b", "", *METHODS])
 def test_names_that_a_policy_cannot_have(scene, name):
     backbone = scene.backbone(MODES["lora_top"])
     backbone.add_policy("left")
@@ -212,11 +215,62 @@ def test_the_reward_role_trains_when_it_is_told_to(scene):
         ({"train_layers": 5}, "4 layers"),
         ({"lora": None, "train_layers": 2, "adapter": "somewhere"}, "use_peft: true"),
         ({"reference_quantization": "nf4"}, "leave it out"),
+        ({"lora": None, "train_layers": 2, "reference_quantization": "nf4"}, "leave it out"),
+        ({"lora": None, "reference": False, "reference_quantization": "nf4"}, "leave it out"),
+        ({"reference_model": tiny.model()}, "leave it out"),
+        ({"lora": None, "train_layers": 4, "reference_model": tiny.model()}, "leave it out"),
+        ({"lora": None, "reference": False, "reference_model": tiny.model()}, "leave it out"),
+        ({"train_layers": 0}, "set it to 'all' or at least 1"),
+        ({"train_layers": -1}, "set it to 'all' or at least 1"),
+        ({"train_layers": True}, "set it to 'all' or at least 1"),
+        ({"train_layers": 1.5}, "set it to 'all' or at least 1"),
+        ({"train_layers": "top"}, "set it to 'all' or at least 1"),
+        ({"critic": "own"}, "set it to 'shared', 'adapter' or None"),
+        ({"critic": False}, "set it to 'shared', 'adapter' or None"),
     ],
 )
-def test_settings_that_exclude_each_other(scene, settings, message):
+def test_settings_that_exclude_each_other(scene, settings, message, monkeypatch):
+    if "quantization" not in settings and "reference_quantization" not in settings:
+        with pytest.raises(UserError, match=message):
+            SharedBackbone(tiny.model(**tiny_modes.WIDE), **settings)
+    # Before weights are read.
+    monkeypatch.setattr("fastrlhf.pretrained.AutoModelForCausalLM", None)
     with pytest.raises(UserError, match=message):
         SharedBackbone.from_pretrained(str(scene.folders[True]), **settings)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"vocab_size": 40}])
+def test_a_second_model_of_another_shape(changes):
+    with pytest.raises(UserError, match="give one of the same family and size"):
+        SharedBackbone(tiny.model(), lora=None, reference_model=tiny.model(**changes))
+
+
+def test_a_model_that_has_adapters_already(scene):
+    adapted = tiny_modes.adapted(tiny.model(**tiny_modes.WIDE), scene.adapter)
+    for model in (adapted, get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(UserError, match=r"load the model anew, or pass .*adapter="):
+            SharedBackbone(model)
+    with pytest.raises(UserError, match="load the model anew"):
+        SharedBackbone(tiny.model(**tiny_modes.WIDE), lora=None, reference_model=adapted)
+
+
+@pytest.mark.parametrize("role", ["reference", "reward", "polisy"])
+def test_roles_that_cannot_train(scene, role):
+    backbone = scene.backbone(MODES["adapter"])
+    before = [id(p) for p in backbone.trainable()]
+    with pytest.raises(UserError, match="no role that this backbone can train"):
+        backbone.train_roles("policy", role)
+    assert [id(p) for p in backbone.trainable()] == before
+    backbone.train_roles("critic")
+
+
+def test_heads_that_are_not_there(scene):
+    backbone = scene.backbone(MODES["lora_top"], critic=None)
+    trunk = backbone.trunk(TOKENS, MASK)
+    with pytest.raises(UserError, match="critic='shared'"):
+        backbone.values(trunk, trunk, MASK)
+    with pytest.raises(UserError, match="reward=True"):
+        backbone.reward_scores(TOKENS, MASK)
 
 
 @pytest.mark.parametrize("settings", [{"lora": None}, {"lora": None, "train_layers": 2}])
