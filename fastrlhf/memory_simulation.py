@@ -253,7 +253,8 @@ class Simulation:
     def draw(self, logits: Tensor) -> None:
         """Sample: our kernels read the logits where they lie, the reference makes copies."""
         if self.device != "meta":
-            sample(logits, temperature=self.config.temperature)
+            # What the cache holds between the two steps is no numbers, nor are these logits.
+            sample(logits.zero_(), temperature=self.config.temperature)
         elif not self.samples_in_kernels:
             row = logits.new_empty(logits.shape[0])
             reference.sample(logits, row, row, 0, 1.0)
