@@ -67,11 +67,10 @@ class _Head:
 
     @classmethod
     def of(cls, model: Any) -> _Head:
-        from ..heads import LanguageModelHead
+        from ..logit_scale import declared_scale, declared_softcap
 
         # A DeepSpeed engine's config is its own; the model's is below.
         inner = getattr(model, "module", model)
-        options = LanguageModelHead.of(inner)
         head = inner.get_output_embeddings()
         weight, bias = head_tensors(head)
         vocabulary = inner.config.get_text_config().vocab_size
@@ -82,7 +81,9 @@ class _Head:
                 f"the head holds {weight.shape[0]} of {vocabulary} tokens, split by tensor "
                 f"parallelism: use ds_tensor_parallel_size=1, {UNPATCH}"
             )
-        return cls(weight, bias, options.logit_scale, options.softcap)
+        config = inner.config
+        # Whether that is all that the model does, `check` sees on its own forward.
+        return cls(weight, bias, declared_scale(config), declared_softcap(config))
 
     def tokens(self, hidden: Tensor, targets: Tensor, temperature: float) -> TokenLogprobs:
         with torch.autocast(hidden.device.type, enabled=False):
