@@ -191,3 +191,23 @@ def test_a_mask_of_any_bytes():
         found.append((*losses, *grads, whiten(x, mask, backend="cpu")))
     for got, expected in zip(*found, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 33, 4097, 9001])  # a tail, a whole block, several
+def test_bfloat16_rows_are_summed_once(vocab):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, vocab, generator=generator).mul_(20).bfloat16()
+    # The maximum rises by more than e^x bears.
+    logits[0] += torch.linspace(0, 300, vocab).bfloat16()
+    logits[1] -= 5000
+    targets = torch.randint(0, vocab, (4,), generator=generator)
+    found = logprobs(logits, targets, backend="cpu")
+    truth = logits.double().log_softmax(-1)
+    expected = truth.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    entropy = -(truth.exp() * truth).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+    logits[2, 0], logits[3, vocab - 1] = float("nan"), -float("nan")
+    assert logprobs(logits, targets, backend="cpu").entropy.isnan().tolist() == [
+        False, False, True, True,
+    ]  # fmt: skip
