@@ -113,7 +113,7 @@ def review_model(seed: int = 0) -> Path:
         return folder
     texts = review_texts()
     tokenizer = train_tokenizer(texts)
-    sequences = [ids + [0] for ids in tokenizer(texts)["input_ids"]]
+    sequences = [[*ids, 0] for ids in tokenizer(texts)["input_ids"]]
     model = pretrain(sequences, seed)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name

@@ -121,6 +121,11 @@ class AlgorithmSettings:
     rollout is done with. None: no bound."""
     kl_limit: float | None = None
     """The run ends when the KL to the reference exceeds this, nats a sequence. None: no bound."""
+    hacking: Literal["warn", "raise_kl", "stop"] = "warn"
+    """What a sign of reward hacking does (docs/reward_hacking.md): it is told, and no more; it
+    raises kl_coef by a quarter a rollout; or it ends the run."""
+    gold: str | None = None
+    """A reward to watch by and never to train on, named as `reward` is. None: no such judge."""
     dynamic_sampling: int = BY_ALGORITHM
     """How often groups whose scores are all equal are replaced by groups of fresh prompts; those
     left over train nothing. dapo: 3; 0: such groups are kept, their advantages are 0."""
@@ -166,6 +171,11 @@ def check_algorithm(config: PPOConfig) -> None:
     require(
         config.kl_controller == "fixed" or config.kl_coef > 0,
         "kl_controller: adaptive multiplies kl_coef, which must be above 0",
+    )
+    require(
+        config.hacking != "raise_kl" or (config.kl_coef > 0 and config.kl_controller == "fixed"),
+        "hacking: raise_kl multiplies a kl_coef above 0 that nothing else steers; set kl_coef, and "
+        "kl_controller: fixed",
     )
     check_generations(config)
     for name, readers in READ_BY.items():

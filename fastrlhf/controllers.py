@@ -104,7 +104,8 @@ class AlgorithmState:
 
     def metrics(self, config: PPOConfig) -> dict[str, float]:
         """The coefficients that this rollout was trained with."""
-        shown = {"kl_coef": self.kl.coef} if config.kl_controller == "adaptive" else {}
+        moves = config.kl_controller == "adaptive" or config.hacking == "raise_kl"
+        shown = {"kl_coef": self.kl.coef} if moves else {}
         return shown | ({"old_kl_coef": self.old_kl.coef} if config.algorithm == "ppo_kl" else {})
 
     def state_dict(self) -> dict[str, float]:

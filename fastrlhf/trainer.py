@@ -45,6 +45,7 @@ from .out_of_memory import MicrobatchBudget
 from .plot import can_plot, plot_run
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
+from .rewards.monitor import Finding, HackingMonitor
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
@@ -131,6 +132,7 @@ class PPOTrainer:
         )
         given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.callbacks = Callbacks(callbacks, config, **given)
+        self.monitor = HackingMonitor(config, tell=self.tell)
 
     def train(self) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
@@ -162,7 +164,14 @@ class PPOTrainer:
         if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
             self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
             return True
-        return control.should_training_stop
+        if self.monitor.stops:
+            self.display.say("stopped: a sign of reward hacking, and hacking is stop")
+        return control.should_training_stop or self.monitor.stops
+
+    def tell(self, finding: Finding) -> None:
+        """A sign of reward hacking: for whoever watches, and for the report of the run."""
+        self.display.say(f"reward hacking? {finding}")
+        self.folder.append("findings.jsonl", asdict(finding))
 
     def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
         """One rollout and what is learnt from it; its metrics."""
@@ -176,8 +185,8 @@ class PPOTrainer:
                 lambda layouts: score(self.backbone, rollout, layouts, config),
                 lambda: self.updater.can_repeat,
             )
-            experience, scores = experience.judged_by(scores)
-            learnt = self.algorithm.advantages(scores, experience, config, self.state)
+            experience, known = experience.judged_by(scores)
+            learnt = self.algorithm.advantages(known, experience, config, self.state)
             experience = experience.with_advantages(learnt.advantages, learnt.returns)
             spec = self.algorithm.spec(config, float(learnt.scale), self.state)
             checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
@@ -185,9 +194,11 @@ class PPOTrainer:
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
-        line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
+        line |= step_metrics(rollout, known, experience, losses, self.state.kl.coef)
         line |= self.state.metrics(config) | sampling | checks | self.budget.metrics()
         self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
+        line |= self.monitor.observe(rollout, scores, line)
+        self.monitor.respond(self.state.kl)
         return line | self.timer.take_step()
 
     def epochs(

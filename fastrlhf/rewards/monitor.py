@@ -1,0 +1,247 @@
+"""Watches for reward hacking: a score that rises because the text has found a way around it.
+
+Every rollout is reduced to a few figures (`monitor/...` in metrics.jsonl) and compared with the
+run's own first rollouts: `rewards/warning_signs.py` has the signs, with thresholds and why. A sign
+is told once, when it first shows, in a sentence with its figures and an example from the rollout.
+What follows is the setting `hacking`: nothing more (`warn`), a kl_coef that grows by a quarter in
+every rollout that shows a sign (`raise_kl`), or the end of the run (`stop`).
+
+With a `gold` judge, which nothing is trained on, there is the surest sign: the score rises while
+the judge's falls (Gao et al. 2023). It is asked once a rollout.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from statistics import correlation, fmean, pstdev
+from typing import Any
+
+from torch import Tensor
+
+from ..config import PPOConfig
+from ..controllers import KLController
+from ..types import Rollout
+from .functions import RewardFunction, RewardScorer, load_reward
+from .warning_signs import SIGNS, WINDOW, Figures, Sign
+
+__all__ = ["Finding", "HackingMonitor", "distinct", "repeated_share"]
+
+RAISE = 1.25
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sign of reward hacking, when it first showed."""
+
+    step: int
+    sign: str  # a name of `warning_signs.SIGNS`
+    sentence: str  # with the figures
+    example: str  # the completion of that rollout that shows it best
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.sentence} Such as: {self.example!r}"
+
+
+class HackingMonitor:
+    """Watches the rollouts of one run.
+
+    Args:
+        config: `hacking`, `gold` and `num_generations` are read.
+        gold: a judge that is not trained on; None: that of ``config``, if it names one.
+        tell: called with each new finding.
+
+    Raises:
+        UserError: a gold judge that does not exist, or one that fails when it is asked.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        gold: RewardFunction | None = None,
+        tell: Callable[[Finding], object] = lambda finding: None,
+    ):
+        self.config = config
+        if gold is None and config.gold is not None:
+            gold = load_reward(config.gold)
+        self.gold = None if gold is None else RewardScorer(gold)
+        self.tell = tell
+        self.found: list[Finding] = []
+        # The run's first rollouts, and its last 2 * WINDOW.
+        self.first: list[Figures] = []
+        self.last: list[Figures] = []
+        self.showing: list[str] = []
+
+    @property
+    def findings(self) -> list[str]:
+        """Every sign that has shown so far, as a sentence with the step and an example."""
+        return [str(finding) for finding in self.found]
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end."""
+        return self.config.hacking == "stop" and bool(self.found)
+
+    def observe(
+        self, rollout: Rollout, scores: Tensor, line: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Learn how a rollout went.
+
+        Args:
+            scores: [B], NaN where a completion was not judged.
+            line: the rollout's metrics; `step` is read, and `objective/kl` where there is one.
+
+        Returns:
+            The figures as metrics, and how many signs show.
+        """
+        rows = rows_of(rollout, scores, self.gold, self.config.num_generations)
+        if not rows:
+            return {}
+        figures = summary(rows, line.get("objective/kl"), self.config)
+        if self.first and figures.get("kl"):
+            gained = figures["score"] - fmean(x["score"] for x in self.first)
+            figures["score_per_nat"] = gained / figures["kl"]
+        if len(self.first) < WINDOW:
+            self.first.append(figures)
+        self.last = [*self.last, figures][-2 * WINDOW :]
+        self.showing = []
+        for sign in SIGNS:
+            sentence = sign.sentence(self.first, self.last)
+            if sentence is not None:
+                self.showing.append(sign.name)
+                self.note(sign, sentence, rows, int(line["step"]))
+        # The line has the mean score and the KL already.
+        shown = figures.keys() - {"score", "kl"}
+        metrics = {f"monitor/{name}": figures[name] for name in sorted(shown)}
+        return metrics | {"monitor/signs": float(len(self.showing))}
+
+    def note(self, sign: Sign, sentence: str, rows: Sequence[Row], step: int) -> None:
+        if any(finding.sign == sign.name for finding in self.found):
+            return
+        example = max(rows, key=partial(weight, sign.example))
+        text = " ".join(example.text.split())
+        self.found.append(
+            Finding(step, sign.name, sentence, text if len(text) < 200 else text[:200] + " …")
+        )
+        self.tell(self.found[-1])
+
+    def respond(self, controller: KLController) -> None:
+        """Raise the weight of the KL where that is asked for and the last rollout showed a sign."""
+        if self.config.hacking == "raise_kl" and self.showing:
+            controller.coef *= RAISE
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `observe` has learnt, as JSON can hold it."""
+        return {
+            "first": [dict(x) for x in self.first],
+            "last": [dict(x) for x in self.last],
+            "found": [asdict(x) for x in self.found],
+            "showing": list(self.showing),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.first = [dict(x) for x in state["first"]]
+        self.last = [dict(x) for x in state["last"]]
+        self.found = [Finding(**x) for x in state["found"]]
+        self.showing = list(state["showing"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A judged completion."""
+
+    text: str
+    score: float
+    length: int  # tokens
+    ended: bool
+    repetition: float
+    group: int
+    gold: float | None
+
+
+def rows_of(
+    rollout: Rollout, scores: Tensor, gold: RewardScorer | None, num_generations: int
+) -> list[Row]:
+    golds = [math.nan] * len(scores) if gold is None else gold(rollout).tolist()
+    columns = zip(
+        rollout.completions, scores.tolist(), rollout.completion_ids(), rollout.ended.tolist(),
+        golds, strict=True,
+    )  # fmt: skip
+    return [
+        Row(
+            text, score, len(ids), ended, repeated_share(ids), i // num_generations,
+            None if math.isnan(judged) else judged,
+        )
+        for i, (text, score, ids, ended, judged) in enumerate(columns)
+        if not math.isnan(score)
+    ]  # fmt: skip
+
+
+def summary(rows: Sequence[Row], kl: float | None, config: PPOConfig) -> Figures:
+    """A rollout's figures; those that it does not have are left out."""
+    scores, lengths = [row.score for row in rows], [float(row.length) for row in rows]
+    texts = [row.text for row in rows]
+    figures = {
+        "score": fmean(scores),
+        "score_std": pstdev(scores),
+        "length": fmean(lengths),
+        "repetition": fmean(row.repetition for row in rows),
+        "compression": compression(texts),
+        "zero_std": flat_share(rows),
+    }
+    figures |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    if config.stop_token is not None:
+        figures["eos"] = fmean(row.ended for row in rows)
+        figures["truncated"] = 1 - figures["eos"]
+    if pstdev(scores) and pstdev(lengths):
+        figures["score_length"] = correlation(scores, lengths)
+    if kl is not None:
+        figures["kl"] = kl
+    golds = [row.gold for row in rows if row.gold is not None]
+    if golds:
+        figures |= {"gold": fmean(golds), "gold_std": pstdev(golds)}
+    return figures
+
+
+def weight(example: str, row: Row) -> float:
+    """How well a completion shows the sign whose example is the one with the highest this."""
+    if example == "gold" and row.gold is not None:
+        return -row.gold
+    return {"repetition": row.repetition, "length": float(row.length)}.get(example, row.score)
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """The share of a completion's token pairs that it has had before; 0 without a pair."""
+    pairs = list(pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def compression(texts: Sequence[str]) -> float:
+    """Bytes that zlib makes of all texts together, over their own; 1 without text."""
+    raw = "\n".join(texts).encode()
+    return len(zlib.compress(raw, 9)) / len(raw) if raw else 1.0
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct word n-grams over word n-grams in all ``texts`` (Li et al. 2016); 1 without any."""
+    grams = []
+    for text in texts:
+        words = text.split()
+        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def flat_share(rows: Sequence[Row]) -> float:
+    """The share of groups whose scores are all equal; of completions by themselves: 1 or 0."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row.score)
+    if max(map(len, groups.values())) == 1:
+        return float(len({row.score for row in rows}) == 1)
+    return fmean(len(set(scores)) == 1 for scores in groups.values())
