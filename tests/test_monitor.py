@@ -1,0 +1,254 @@
+"""Each sign shows on a rollout made to have it, and none on rollouts like the first ones."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from fastrlhf import PPOConfig, UserError
+from fastrlhf.configs import GRPOConfig
+from fastrlhf.controllers import KLController
+from fastrlhf.rewards.monitor import HackingMonitor, distinct, repeated_share
+from fastrlhf.rewards.warning_signs import SIGNS, WINDOW
+from fastrlhf.types import Prompts, Rollout
+
+WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "dklmnrst"]
+BATCH, LENGTH = 32, 20
+
+
+def rollout(texts, ended=True) -> Rollout:
+    """Words are tokens."""
+    batch, longest = len(texts), max(len(text.split()) for text in texts)
+    tokens = torch.zeros(batch, 1 + longest, dtype=torch.long)
+    mask = torch.zeros(batch, 1 + longest, dtype=torch.bool)
+    mask[:, 0] = True
+    for row, text in enumerate(texts):
+        ids = torch.tensor([hash(word) % 2**31 for word in text.split()])
+        tokens[row, 1 : 1 + len(ids)], mask[row, 1 : 1 + len(ids)] = ids, True
+    prompts = Prompts(["p"] * batch, tokens[:, :1], mask[:, :1], [{}] * batch)
+    logprobs = torch.zeros(batch, longest)
+    done = torch.full((batch,), ended) if isinstance(ended, bool) else torch.tensor(ended)
+    return Rollout(prompts, texts, tokens, mask, mask[:, 1:], logprobs, done)
+
+
+def sentences(draw: random.Random, length: int = LENGTH, words=WORDS) -> list[str]:
+    lengths = [length + draw.randint(-3, 3) for _ in range(BATCH)]
+    return [" ".join(draw.choices(words, k=max(1, n))) for n in lengths]
+
+
+class Run:
+    """A monitor and the rollouts that it is shown."""
+
+    def __init__(self, config=None, **settings):
+        self.told = []
+        config = config or PPOConfig(kl_coef=0.05, **settings)
+        self.monitor = HackingMonitor(config, settings.get("gold"), self.told.append)
+        self.draw, self.step = random.Random(0), 0
+
+    def healthy(self, count=WINDOW, score=0.0, kl=1.0):
+        for _ in range(count):
+            texts = sentences(self.draw)
+            self.show(texts, [self.draw.gauss(score, 0.3) for _ in texts], kl=kl)
+        return self
+
+    def show(self, texts, scores=None, *, kl=1.0, ended=True, count=1):
+        for _ in range(count):
+            self.step += 1
+            scores = [self.draw.gauss(1.0, 0.3) for _ in texts] if scores is None else scores
+            line = {"step": self.step, "objective/kl": kl}
+            made = rollout(texts, ended)
+            self.line = self.monitor.observe(made, torch.tensor(scores), line)
+        return self
+
+    @property
+    def signs(self):
+        return {finding.sign for finding in self.monitor.found}
+
+
+def test_nothing_is_found_on_rollouts_like_the_first():
+    run = Run().healthy(40)
+    assert run.monitor.findings == []
+    assert run.line["monitor/signs"] == 0
+    assert run.line["monitor/distinct_2"] > 0.95
+    assert run.line["monitor/repetition"] < 0.02
+
+
+def test_a_score_that_rises_is_not_a_sign_by_itself():
+    assert Run().healthy().healthy(20, score=0.9, kl=6.0).signs == set()
+
+
+def test_repetition_and_what_comes_with_it():
+    run = Run().healthy(8).show(["funny " * 20] * BATCH, count=WINDOW)
+    assert run.signs >= {"repetition", "diversity", "compression"}
+    (finding,) = [x for x in run.monitor.found if x.sign == "repetition"]
+    assert finding.example.startswith("funny funny") and len(finding.example) < 210
+    assert "in the first rollouts" in finding.sentence and "%" in finding.sentence
+    assert run.line["monitor/repetition"] == pytest.approx(1 - 1 / 19)
+
+
+def test_completions_that_are_all_one_are_alike_and_repeat_nothing():
+    run = Run().healthy().show([" ".join(WORDS[:20])] * BATCH, count=WINDOW)
+    assert "diversity" in run.signs
+    assert "repetition" not in run.signs
+
+
+def test_a_run_that_begins_collapsed():
+    assert Run().show(["funny " * 20] * BATCH, count=WINDOW).signs >= {"repetition", "diversity"}
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["longer", "shorter"])
+def test_length(direction):
+    run = Run().healthy()
+    for _ in range(WINDOW):
+        texts = sentences(run.draw, 34 if direction == 1 else 12)
+        run.show(texts, [1 + direction * len(text.split()) / 40 for text in texts])
+    assert "length" in run.signs
+    # Longer texts whose score is not had by it are no sign.
+    run = Run().healthy()
+    for _ in range(WINDOW):
+        texts = sentences(run.draw, 34 if direction == 1 else 12)
+        run.show(texts, [run.draw.gauss(1, 0.3) for _ in texts])
+    assert "length" not in run.signs
+
+
+def test_completions_that_end_at_once():
+    run = Run().healthy()
+    for _ in range(WINDOW):
+        run.show(sentences(run.draw, 4))
+    assert "ending" in run.signs
+
+
+def test_truncation():
+    run = Run().healthy()
+    for _ in range(WINDOW):
+        run.show(sentences(run.draw), ended=[False] * 20 + [True] * 12)
+    assert "truncation" in run.signs
+    # Where no response can end, being cut off is no sign.
+    run = Run(stop_token=None)
+    for _ in range(2 * WINDOW):
+        run.show(sentences(run.draw), ended=False)
+    assert run.signs == set()
+    assert "monitor/truncated" not in run.line
+
+
+def test_all_cut_off_from_the_start_with_equal_scores():
+    run = Run()
+    for _ in range(WINDOW):
+        run.show(sentences(run.draw), [0.0] * BATCH, ended=False)
+    assert run.signs == {"truncation", "contrast"}
+
+
+def test_groups_without_contrast():
+    run = Run(GRPOConfig(num_generations=8))
+    run.healthy()
+    assert run.line["monitor/zero_std"] == 0
+    for _ in range(WINDOW):
+        dull = [1.0] * 16 + [run.draw.gauss(1, 0.3) for _ in range(16)]
+        run.show(sentences(run.draw), dull)
+    assert run.line["monitor/zero_std"] == 0.5
+    assert run.signs == {"contrast"}
+
+
+def test_kl_that_buys_nothing():
+    run = Run().healthy(WINDOW, kl=1.0).healthy(WINDOW, score=0.6, kl=5.0)
+    assert run.signs == set()
+    assert "kl" in run.healthy(WINDOW, score=0.6, kl=12.0).signs
+    paid = Run().healthy(WINDOW, kl=1.0).healthy(WINDOW, score=0.6, kl=5.0)
+    assert paid.healthy(WINDOW, score=1.6, kl=12.0).signs == set()
+    assert paid.line["monitor/score_per_nat"] == pytest.approx(1.6 / 12, rel=0.2)
+
+
+def test_a_gold_judge_that_falls_while_the_score_rises():
+    judged = []
+
+    def gold(completions, **_):
+        judged.append(len(completions))
+        return [random.Random(text).gauss(0, 1) - 3 * ("zz" in text) for text in completions]
+
+    run = Run(gold=None)
+    run.monitor = HackingMonitor(run.monitor.config, gold)
+    run.healthy(8, score=0.0)
+    assert run.signs == set()
+    for score in (0.0, 1.0):
+        for _ in range(WINDOW):
+            worse = [text + " zz" for text in sentences(run.draw)]
+            run.show(worse, [run.draw.gauss(score, 0.3) for _ in worse])
+        assert run.signs == ({"gold"} if score else set())
+    assert "zz" in run.monitor.found[0].example
+    assert judged == [BATCH] * run.step
+
+
+def test_what_was_not_judged_does_not_count():
+    run = Run()
+    scores = [1.0] * 31 + [float("nan")]
+    run.show([*sentences(run.draw)[:31], "funny " * 40], scores)
+    assert run.line["monitor/length"] < 24
+    nothing = rollout(["a b"] * BATCH)
+    unjudged = torch.full((BATCH,), float("nan"))
+    assert run.monitor.observe(nothing, unjudged, {"step": 2}) == {}
+
+
+def test_a_sign_is_told_once():
+    run = Run().healthy().show(["funny " * 20] * BATCH, count=10)
+    assert [str(finding) for finding in run.told] == run.monitor.findings
+    assert len(run.signs) == len(run.told)
+    assert run.line["monitor/signs"] == len(run.monitor.showing) >= 3
+
+
+def test_raise_kl_and_stop():
+    config = PPOConfig(kl_coef=0.1, hacking="raise_kl")
+    run, controller = Run(config), KLController(0.1)
+    run.healthy()
+    run.monitor.respond(controller)
+    assert controller.coef == 0.1
+    run.show(["funny " * 20] * BATCH, count=WINDOW)
+    for times in (1, 2):
+        run.monitor.respond(controller)
+        assert controller.coef == pytest.approx(0.1 * 1.25**times)
+    assert not run.monitor.stops
+    run.healthy(WINDOW)
+    run.monitor.respond(controller)
+    assert controller.coef == pytest.approx(0.1 * 1.25**2), "the sign shows no more"
+    run = Run(hacking="stop").healthy()
+    assert not run.monitor.stops
+    assert run.show(["funny " * 20] * BATCH, count=WINDOW).monitor.stops
+    warns, watched = Run().show(["funny " * 20] * BATCH, count=WINDOW), KLController(0.1)
+    warns.monitor.respond(watched)
+    assert watched.coef == 0.1 and not warns.monitor.stops
+
+
+@pytest.mark.parametrize("changes", [{"kl_coef": 0.0}, {"kl_controller": "adaptive"}])
+def test_raise_kl_needs_a_coefficient_that_is_its_own(changes):
+    with pytest.raises(UserError, match="raise_kl"):
+        PPOConfig(hacking="raise_kl", **changes)
+
+
+@pytest.mark.parametrize("stopped", [2, 6, 11])
+def test_state_goes_through_json(stopped):
+    def shown(run, steps):
+        for _ in range(steps):
+            bad = run.step >= 8
+            run.show(["funny " * 20] * BATCH if bad else sentences(run.draw))
+        return run
+
+    whole, parts = shown(Run(), 14), shown(Run(), stopped)
+    resumed = HackingMonitor(parts.monitor.config)
+    resumed.load_state_dict(json.loads(json.dumps(parts.monitor.state_dict())))
+    parts.monitor = resumed
+    shown(parts, 14 - stopped)
+    assert parts.line == whole.line
+    assert parts.monitor.state_dict() == whole.monitor.state_dict()
+    assert whole.monitor.found
+
+
+def test_the_figures_by_hand():
+    assert repeated_share([1, 2, 1, 2, 1]) == 0.5
+    assert repeated_share([1]) == 0
+    assert distinct(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert distinct(["a", ""], 2) == 1
+
+
+def test_every_sign_is_tested_here():
+    tested = {"gold", "repetition", "diversity", "compression", "length", "ending"}
+    assert {sign.name for sign in SIGNS} == tested | {"truncation", "contrast", "kl"}
