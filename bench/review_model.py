@@ -31,8 +31,8 @@ SHAPE = dict(
     tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
 EPOCHS = 3
-BATCH = 64
-LEARNING_RATE = 3e-3
+BATCH = 16
+LEARNING_RATE = 2e-3
 
 
 def review_texts() -> list[str]:
@@ -101,7 +101,7 @@ def pretrain(sequences: list[list[int]], seed: int) -> LlamaForCausalLM:
             schedule.step()
             optimizer.zero_grad()
             done += 1
-            if done % 100 == 0:
+            if done % 200 == 0:
                 print(f"pretraining {done}/{steps}: {loss:.2f} nats a token", file=sys.stderr)
     return model.eval()
 
