@@ -53,12 +53,12 @@ SETTINGS: dict[str, Any] = dict(
     eval_steps=20,
 )
 ARMS: dict[str, dict[str, Any]] = {
-    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 8,000.
-    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=320.0),
+    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 4,000.
+    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=256.0),
     "none": dict(kl_coef=0.0),
     "fixed": dict(),
 }
-STEPS = 120
+STEPS = 60
 FIGURES = {
     "score": "objective/scores",
     "kl": "objective/kl",

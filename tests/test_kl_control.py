@@ -1,0 +1,64 @@
+"""What the bench of KL control says of its rows, and the judge of fluency it says it with."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+import kl_control
+import kl_figure
+from trigrams import TrigramJudge
+
+TEXTS = ["a good film", "a good story", "a film of good taste"]
+
+
+def rows(arm="adaptive", seed=1, kl=kl_control.TARGET):
+    figures = {"score": 0.5, "kl_coef": 0.05, "distinct_2": 0.9, "repetition": 0.0, "gold": -5.0}
+    about = {"arm": arm, "seed": seed}
+    steps = range(1, 10)
+    made = [
+        {"kind": "step", "step": i} | about | figures | {"kl": kl if i > 6 else 0} for i in steps
+    ]
+    finding = {"kind": "finding", "step": 7, "sign": "repetition", "sentence": "They repeat."}
+    samples = [
+        {"kind": "sample", "step": step, "score": score, "completion": f"text of {score}"} | about
+        for step in (0, 9)
+        for score in (0.1, 0.5, 0.9)
+    ]
+    return made + ([finding | about] if arm == "none" else []) + samples
+
+
+@pytest.mark.parametrize("share, held", [(0.79, 1), (0.81, 2), (1.19, 2), (1.21, 1)])
+def test_the_rule_for_the_controller(share, held):
+    text = kl_figure.told(rows() + rows(seed=2, kl=share * kl_control.TARGET))
+    assert f"It holds for {held} of 2 seeds" in text
+
+
+def test_only_the_last_third_counts_and_signs_and_samples_are_told():
+    text = kl_figure.told(rows() + rows("none", kl=30.0))
+    assert "| 30.00 |" in text and "rollout 7: repetition" in text
+    assert "They repeat." in text and "text of 0.5" in text and "text of 0.1" not in text
+
+
+def test_trigrams_are_probabilities():
+    judge = TrigramJudge(TEXTS)
+    words = {word for text in TEXTS for word in text.split()}
+    for context in [("", ""), ("a", "good"), ("good", "film"), ("never", "seen")]:
+        total = sum(judge.probability((*context, word)) for word in words)
+        total += judge.probability((*context, "unheard"))
+        assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_the_judge_prefers_what_it_has_read():
+    judge = TrigramJudge(TEXTS)
+    read, unread, repeated, nothing = judge(
+        ["a good"] * 4, [" film", " taste of", " good good good", " "]
+    )
+    assert read > unread > repeated
+    assert nothing is None
+
+
+def test_no_arm_differs_from_the_fixed_one_in_more_than_the_kl():
+    assert all(name.startswith("kl_") for arm in kl_control.ARMS.values() for name in arm)
