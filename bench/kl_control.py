@@ -15,7 +15,8 @@ fluency that nothing is trained on (trigrams.py).
                                [--jobs 2] [--print]
     python bench/kl_control.py --figure      only draws docs/kl_control.png from the rows
 
-Rewrites bench/results/kl_control.jsonl (with --print: only prints) and draws the figure.
+Puts each run's rows into bench/results/kl_control.jsonl in the place of those that it had (with
+--print: only prints) and draws the figure.
 """
 
 import argparse
@@ -31,16 +32,16 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import RESULTS, stamp
+from results import RESULTS, read, stamp
 
 TARGET = 6.0
-KL_COEF = 0.05
+KL_COEF = 0.15
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
     batch_size=64,
     num_ppo_epochs=2,
     response_length=24,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     lr_scheduler_type="constant",
     train_layers="all",
     lora_rank=16,
@@ -50,15 +51,15 @@ SETTINGS: dict[str, Any] = dict(
     kl_coef=KL_COEF,
     num_samples=0,
     eval_prompts=32,
-    eval_steps=20,
+    eval_steps=25,
 )
 ARMS: dict[str, dict[str, Any]] = {
     # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 4,000.
-    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=256.0),
+    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=160.0),
     "none": dict(kl_coef=0.0),
     "fixed": dict(),
 }
-STEPS = 60
+STEPS = 50
 FIGURES = {
     "score": "objective/scores",
     "kl": "objective/kl",
@@ -125,6 +126,21 @@ def one(arm: str, seed: int, steps: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def kept(rows: list[dict[str, Any]], only_print: bool) -> list[dict[str, Any]]:
+    """Put a run's rows into the results, unless they are only to be printed."""
+    if not only_print:
+        own = rows[0]["arm"], rows[0]["seed"]
+        others = [row for row in read("kl_control") if (row["arm"], row["seed"]) != own]
+        path = RESULTS / "kl_control.jsonl"
+        path.with_suffix(".part").write_text(as_lines([*others, *rows]))
+        path.with_suffix(".part").replace(path)
+    return rows
+
+
+def as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="KL control and reward hacking in small.")
     parser.add_argument("--arms", default=",".join(ARMS))
@@ -149,13 +165,11 @@ def main() -> None:
             # Before its first users ask for it at once.
             review_model()
             with ThreadPoolExecutor(given.jobs) as pool:
-                made = pool.map(lambda pair: one(*pair, given.steps), pairs)
+                made = pool.map(lambda pair: kept(one(*pair, given.steps), given.print), pairs)
                 rows = [row for part in made for row in part]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if given.print:
-            print(text, end="")
+            print(as_lines(rows), end="")
             return
-        (RESULTS / "kl_control.jsonl").write_text(text)
     from kl_figure import draw
 
     draw()
