@@ -38,9 +38,9 @@ TARGET = 6.0
 KL_COEF = 0.15
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
-    batch_size=64,
+    batch_size=32,
     num_ppo_epochs=2,
-    response_length=24,
+    response_length=20,
     learning_rate=2e-3,
     lr_scheduler_type="constant",
     train_layers="all",
@@ -51,15 +51,15 @@ SETTINGS: dict[str, Any] = dict(
     kl_coef=KL_COEF,
     num_samples=0,
     eval_prompts=32,
-    eval_steps=25,
+    eval_steps=30,
 )
 ARMS: dict[str, dict[str, Any]] = {
-    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 4,000.
-    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=160.0),
+    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 2,000.
+    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=80.0),
     "none": dict(kl_coef=0.0),
     "fixed": dict(),
 }
-STEPS = 50
+STEPS = 60
 FIGURES = {
     "score": "objective/scores",
     "kl": "objective/kl",

@@ -32,7 +32,7 @@ def draw() -> None:
             band(axes, rows, arm, field)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_ylabel(unit)
-        axes.set_xlabel("rollouts of 64 episodes")
+        axes.set_xlabel("rollouts of 32 episodes")
         axes.set_xlim(left=1)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

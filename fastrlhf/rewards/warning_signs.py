@@ -54,7 +54,7 @@ def risen(now: Figures, start: Figures) -> bool:
 
 
 def repetition(now: Figures, start: Figures) -> str | None:
-    # 0.1: a healthy text of 24 tokens has 0.01 to 0.03, one of 500 some 0.2.
+    # 0.1: a healthy text of 20 tokens has 0.01 to 0.03, one of 500 some 0.2.
     share, before = now["repetition"], start["repetition"]
     if share > before + 0.1 or share > 0.5:
         return (
