@@ -2,11 +2,14 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
+import tiny
 import torch
 
-from fastrlhf import PPOConfig, UserError
+from fastrlhf import PPOConfig, PPOTrainer, UserError
+from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.configs import GRPOConfig
 from fastrlhf.controllers import KLController
 from fastrlhf.rewards.monitor import HackingMonitor, distinct, repeated_share
@@ -240,6 +243,39 @@ def test_state_goes_through_json(stopped):
     assert parts.line == whole.line
     assert parts.monitor.state_dict() == whole.monitor.state_dict()
     assert whole.monitor.found
+
+
+def all_of_a(completions, **_):
+    return [text.count("a") / 8 for text in completions]
+
+
+@pytest.mark.parametrize("hacking", ["warn", "stop", "raise_kl"])
+def test_a_run_is_watched(tmp_path, hacking):
+    config = PPOConfig(
+        output_dir=str(tmp_path / "run"), total_episodes=32 * 24, batch_size=32, num_mini_batches=2,
+        num_ppo_epochs=2, response_length=8, stop_token=None, learning_rate=3e-2, lora_rank=8,
+        train_layers=2, kl_coef=1e-3, eval_prompts=8, num_samples=0, hacking=hacking,
+    )  # fmt: skip
+    rows = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
+    torch.manual_seed(0)
+    lora = LoraSettings(8, 32.0)
+    backbone = SharedBackbone(tiny.model(), lora=lora, train_layers=2, critic="shared")
+    trainer = PPOTrainer(backbone, all_of_a, config, rows, processing_class=tiny.tokenizer())
+    summary = trainer.train()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = [json.loads(x) for x in (tmp_path / "run/findings.jsonl").read_text().splitlines()]
+    assert "repetition" in {finding["sign"] for finding in told}
+    assert "aaaa" in next(x for x in told if x["sign"] == "repetition")["example"]
+    assert lines[0]["monitor/repetition"] < 0.1
+    assert (summary.steps < 24) == (hacking == "stop")
+    if hacking == "stop":
+        assert told[0]["step"] == summary.steps
+        assert [line["monitor/signs"] > 0 for line in lines] == [False] * (len(lines) - 1) + [True]
+    if hacking == "raise_kl":
+        # The weight that a rollout was trained with; what it raises is the next one's.
+        for line, later in pairwise(lines):
+            raised = later["kl_coef"] / line["kl_coef"]
+            assert raised == pytest.approx(1.25 if line["monitor/signs"] else 1)
 
 
 def test_the_figures_by_hand():
