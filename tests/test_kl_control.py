@@ -1,5 +1,6 @@
-"""What the bench of KL control says of its rows, and the judge of fluency it says it with."""
+"""What the bench of KL control says of its rows, and the judge it says it with."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import kl_control
 import kl_figure
-from trigrams import TrigramJudge
+from review_words import ReviewWords
 
 TEXTS = ["a good film", "a good story", "a film of good taste"]
 
@@ -42,22 +43,17 @@ def test_only_the_last_third_counts_and_signs_and_samples_are_told():
     assert "They repeat." in text and "text of 0.5" in text and "text of 0.1" not in text
 
 
-def test_trigrams_are_probabilities():
-    judge = TrigramJudge(TEXTS)
-    words = {word for text in TEXTS for word in text.split()}
-    for context in [("", ""), ("a", "good"), ("good", "film"), ("never", "seen")]:
-        total = sum(judge.probability((*context, word)) for word in words)
-        total += judge.probability((*context, "unheard"))
-        assert total == pytest.approx(1, abs=1e-9)
-
-
-def test_the_judge_prefers_what_it_has_read():
-    judge = TrigramJudge(TEXTS)
-    read, unread, repeated, nothing = judge(
-        ["a good"] * 4, [" film", " taste of", " good good good", " "]
-    )
-    assert read > unread > repeated
-    assert nothing is None
+def test_the_judge_is_minus_the_kl_of_words():
+    judge = ReviewWords(TEXTS)
+    # The reviews themselves have the reviews' words.
+    scores, lengths = judge(TEXTS), [len(text.split()) for text in TEXTS]
+    assert scores == pytest.approx([0.0] * len(TEXTS))
+    worse = judge(["good good good", "a good good"])
+    total = sum(score * 3 for score in worse) / 6
+    # good: 5 of 6 words where the reviews have 3 of 11; a: 1 where they have 3.
+    by_hand = -(5 / 6 * math.log(5 / 6 / (3 / 11)) + 1 / 6 * math.log(1 / 6 / (3 / 11)))
+    assert sum(lengths) == 11 and total == pytest.approx(by_hand)
+    assert judge(["unheard words", "a good unheard film"])[0] is None
 
 
 def test_no_arm_differs_from_the_fixed_one_in_more_than_the_kl():
