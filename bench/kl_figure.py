@@ -130,9 +130,10 @@ def told(rows: Sequence[Row]) -> str:
     steps = max(row["step"] for row in rows if row["kind"] == "step")
     lines += [
         "",
-        f"Means of the last third of {steps} rollouts; KL in nats a sequence, gold in nats a "
-        f"word (0: the words are those of people's reviews, in their shares). The rule for the controller: in the last third the mean KL lies within 20 % of "
-        f"{TARGET:g}. It holds for {held} of {len(steered)} seeds.",
+        f"Means of the last third of {steps} rollouts; KL in nats a sequence, gold in nats a word "
+        "(0: the words of people's reviews, in their shares). The rule for the controller: in the "
+        f"last third the mean KL lies within 20 % of {TARGET:g}. It holds for {held} of "
+        f"{len(steered)} seeds.",
         "",
         "What the monitor showed of the runs without a penalty, in their own words:",
         "",
