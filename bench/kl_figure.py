@@ -39,12 +39,12 @@ def draw() -> None:
         if field == "kl":
             target(axes, rows)
         else:
-            mark_findings(axes, rows)
+            mark_findings(axes, rows, MARKED.get(field, ()))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
         "Without a penalty on the KL the score is hacked: it rises while the text collapses "
-        f"({seeds} seeds)"
+        f"({seeds} {'seed' if seeds == 1 else 'seeds'})"
     )
     figure.savefig(ROOT / "docs" / "kl_control.png", dpi=100)
     page = ROOT / "docs" / "reward_hacking.md"
@@ -57,6 +57,10 @@ PANELS = (
     ("distinct_2", "Diversity of the text", "distinct word pairs over word pairs"),
     ("gold", "What is not trained on: are these a review's words?", "gold score, nats a word"),
 )
+
+
+# The signs that a panel shows the matter of.
+MARKED = {"distinct_2": ("repetition", "diversity", "compression"), "gold": ("gold",)}
 
 
 def curves(rows: Sequence[Row], arm: str, field: str) -> tuple[list[int], list[list[float]]]:
@@ -83,16 +87,29 @@ def target(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhspan(0.8 * TARGET, 1.2 * TARGET, color=COLOURS["adaptive"], alpha=0.15, lw=0)
     axes.axhline(TARGET, color=COLOURS["adaptive"], ls="--", lw=1)
     axes.set_ylim(0, 4 * TARGET)
-    axes.annotate(f"target {TARGET:g} ± 20 %", (2, 1.23 * TARGET), color=COLOURS["adaptive"])
+    axes.annotate(
+        f"target {TARGET:g} ± 20 %",
+        (1, 3.6),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        color=COLOURS["adaptive"],
+    )
 
 
-def mark_findings(axes: Any, rows: Sequence[Row]) -> None:
-    """Where the monitor first spoke, one mark a run."""
-    for arm, seed in sorted({(row["arm"], row["seed"]) for row in rows}):
-        here = [r for r in rows if r["arm"] == arm and r["seed"] == seed]
-        steps = [row["step"] for row in here if row["kind"] == "finding"]
+def mark_findings(axes: Any, rows: Sequence[Row], signs: Sequence[str]) -> None:
+    """Where the monitor first spoke of one of ``signs``, a line for each run."""
+    label = "the monitor speaks of it (a line a seed)"
+    for arm, seed in runs_of(rows):
+        steps = [step for step, sign in found(rows, arm, seed) if sign in signs]
         if steps:
-            axes.axvline(min(steps), color=COLOURS[arm], ls=":", lw=1.5)
+            axes.axvline(min(steps), color=COLOURS[arm], ls=":", lw=1.5, label=label)
+            label = ""
+
+
+def found(rows: Sequence[Row], arm: str, seed: int) -> list[tuple[int, str]]:
+    """When each sign of a run first showed."""
+    here = [r for r in rows if r["kind"] == "finding" and (r["arm"], r["seed"]) == (arm, seed)]
+    return [(row["step"], row["sign"]) for row in here]
 
 
 def last_third(rows: Sequence[Row], arm: str, seed: int, field: str) -> float:
@@ -109,18 +126,14 @@ def runs_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
 def told(rows: Sequence[Row]) -> str:
     """A line for each run, whether the controller's rule holds, and what collapsed."""
     lines = [
-        "| arm | seed | score | KL | kl_coef | distinct-2 | repetition | gold | first sign |",
+        "| arm | seed | score | KL | kl_coef | distinct-2 | repetition | gold | signs (first rollout) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, seed in runs_of(rows):
         fields = ("score", "kl", "kl_coef", "distinct_2", "repetition", "gold")
         score, kl, coef, *text = (last_third(rows, arm, seed, field) for field in fields)
-        signs = [
-            (row["step"], row["sign"])
-            for row in rows
-            if row["kind"] == "finding" and (row["arm"], row["seed"]) == (arm, seed)
-        ]
-        first = "none" if not signs else "rollout {}: {}".format(*min(signs))
+        signs = [f"{sign} ({step})" for step, sign in found(rows, arm, seed)]
+        first = ", ".join(signs) or "none"
         lines.append(
             f"| {NAMES[arm]} | {seed} | {score:+.2f} | {kl:.2f} | {coef:.3f} | {text[0]:.2f} | "
             f"{text[1]:.2f} | {text[2]:.2f} | {first} |"
@@ -142,14 +155,14 @@ def told(rows: Sequence[Row]) -> str:
 
 
 def quotes(rows: Sequence[Row]) -> list[str]:
-    """For each seed without a penalty the first sign that was found, and a sample of its end."""
+    """For each seed without a penalty what was said of its text, and a sample of its end."""
     lines = []
     for arm, seed in runs_of(rows):
         here = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
-        found = [row for row in here if row["kind"] == "finding"]
-        if arm != "none" or not found:
+        said = [row for row in here if row["kind"] == "finding" and row["sign"] != "truncation"]
+        if arm != "none" or not said:
             continue
-        first = min(found, key=lambda row: row["step"])
+        first = min(said, key=lambda row: row["step"])
         samples = [row for row in here if row["kind"] == "sample"]
         end = [row for row in samples if row["step"] == max(x["step"] for x in samples)]
         shown = sorted(end, key=lambda row: row["score"])[len(end) // 2]

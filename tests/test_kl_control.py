@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import kl_control
 import kl_figure
+import results
 from review_words import ReviewWords
 
 TEXTS = ["a good film", "a good story", "a film of good taste"]
@@ -39,7 +40,7 @@ def test_the_rule_for_the_controller(share, held):
 
 def test_only_the_last_third_counts_and_signs_and_samples_are_told():
     text = kl_figure.told(rows() + rows("none", kl=30.0))
-    assert "| 30.00 |" in text and "rollout 7: repetition" in text
+    assert "| 30.00 |" in text and "repetition (7)" in text
     assert "They repeat." in text and "text of 0.5" in text and "text of 0.1" not in text
 
 
@@ -54,6 +55,12 @@ def test_the_judge_is_minus_the_kl_of_words():
     by_hand = -(5 / 6 * math.log(5 / 6 / (3 / 11)) + 1 / 6 * math.log(1 / 6 / (3 / 11)))
     assert sum(lengths) == 11 and total == pytest.approx(by_hand)
     assert judge(["unheard words", "a good unheard film"])[0] is None
+
+
+def test_the_page_says_what_the_rows_say():
+    rows, page = results.read("kl_control"), results.ROOT / "docs/reward_hacking.md"
+    tables = {"kl_control": lambda: kl_figure.told(rows)}
+    assert results.with_tables(page.read_text(), tables) == page.read_text()
 
 
 def test_no_arm_differs_from_the_fixed_one_in_more_than_the_kl():
