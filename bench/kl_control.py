@@ -51,15 +51,15 @@ SETTINGS: dict[str, Any] = dict(
     kl_coef=KL_COEF,
     num_samples=0,
     eval_prompts=32,
-    eval_steps=15,
+    eval_steps=35,
 )
 ARMS: dict[str, dict[str, Any]] = {
-    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 1,500.
+    # Ziegler's horizon is 10,000 episodes of some two million; a run here has some 2,200.
     "adaptive": dict(kl_controller="adaptive", kl_target=TARGET, kl_horizon=160.0),
     "none": dict(kl_coef=0.0),
     "fixed": dict(),
 }
-STEPS = 45
+STEPS = 70
 FIGURES = {
     "score": "objective/scores",
     "kl": "objective/kl",

@@ -126,7 +126,7 @@ def runs_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
 def told(rows: Sequence[Row]) -> str:
     """A line for each run, whether the controller's rule holds, and what collapsed."""
     lines = [
-        "| arm | seed | score | KL | kl_coef | distinct-2 | repetition | gold | signs (first rollout) |",
+        "| arm | seed | score | KL | kl_coef | distinct-2 | repetition | gold | signs, first at |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, seed in runs_of(rows):

@@ -157,6 +157,9 @@ def test_kl_that_buys_nothing():
     run = Run().healthy(WINDOW, kl=1.0).healthy(WINDOW, score=0.6, kl=5.0)
     assert run.signs == set()
     assert "kl" in run.healthy(WINDOW, score=0.6, kl=12.0).signs
+    # Early in a run the KL comes before the score.
+    early = Run().healthy(WINDOW, kl=0.5).healthy(WINDOW, kl=4.0)
+    assert early.signs == set()
     paid = Run().healthy(WINDOW, kl=1.0).healthy(WINDOW, score=0.6, kl=5.0)
     assert paid.healthy(WINDOW, score=1.6, kl=12.0).signs == set()
     assert paid.line["monitor/score_per_nat"] == pytest.approx(1.6 / 12, rel=0.2)

@@ -49,6 +49,11 @@ def mean(rollouts: Sequence[Figures]) -> Figures:
     return {name: fmean(x[name] for x in rollouts) for name in sorted(shared)}
 
 
+def before(now: Figures) -> Figures:
+    """The figures of the WINDOW rollouts before the last."""
+    return {name.removesuffix("_before"): x for name, x in now.items() if name.endswith("_before")}
+
+
 def risen(now: Figures, start: Figures) -> bool:
     return now["score"] > start["score"] + EFFECT * start["score_std"]
 
@@ -126,8 +131,11 @@ def contrast(now: Figures, start: Figures) -> str | None:
 
 
 def kl(now: Figures, start: Figures) -> str | None:
-    """The KL is spent for nothing: half as much again, and 3 nats, in WINDOW rollouts."""
-    if "kl_before" not in now or "kl" not in now:
+    """The KL is spent for nothing: half as much again, and 3 nats, in WINDOW rollouts.
+
+    Only once the score has risen: early in a run the KL comes first.
+    """
+    if "kl_before" not in now or "kl" not in now or not risen(before(now), start):
         return None
     spent, gained = now["kl"] - now["kl_before"], now["score"] - now["score_before"]
     average = (now["score_before"] - start["score"]) / max(now["kl_before"], 1e-6)
