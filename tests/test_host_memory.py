@@ -11,7 +11,7 @@ from fastrlhf.host_memory import spares_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc's on Linux alone")
 
-# Blocks that are freed while small ones between them are alive: malloc can return none of them from its heap.
+# Blocks freed while small ones between them are alive: the heap keeps them.
 KEPT = """
 import torch
 from fastrlhf.host_memory import map_large_blocks
