@@ -47,6 +47,7 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
         lora=LoraSettings(config.lora_rank, config.lora_alpha) if config.use_peft else None,
         train_layers=config.train_layers,
         critic=config.critic,
+        adapter=config.adapter,
         # Adapters give the reference for nothing; full training pays for it with a copy.
         reference=config.use_peft or config.kl_coef > 0,
         gradient_checkpointing=config.gradient_checkpointing,
