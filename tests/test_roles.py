@@ -10,7 +10,6 @@ import tiny_modes
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_modes import MASK, MODES, TOKENS, of_model, of_role, train
-from transformers import MambaConfig, MambaForCausalLM
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.config import PPOConfig
@@ -340,15 +339,3 @@ def storage_bytes(module) -> int:
     tensors = itertools.chain(module.parameters(), module.buffers())
     storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     return sum(storages.values())
-
-
-def test_a_model_that_peft_has_no_adapter_for_says_what_to_set():
-    settings = MambaConfig(vocab_size=28, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(UserError, match="no adapter for a mamba model .*; set use_peft: false"):
-        SharedBackbone(MambaForCausalLM(settings))
-
-
-def test_logits_for_sampling_carry_no_gradient_where_the_head_trains():
-    backbone = SharedBackbone(tiny.model(), lora=None)
-    assert backbone.head.weight.requires_grad
-    assert not backbone.head.logits(torch.ones(2, 32, requires_grad=True)).requires_grad
