@@ -196,11 +196,11 @@ class PPOConfig(AlgorithmSettings, RunSettings):
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
+def describe_settings(kind: type[Any] = PPOConfig) -> str:
     """Every setting with its default in ``kind`` and its docstring, for `--help`."""
     default = kind()
     lines = []
-    for base in (AlgorithmSettings, PPOConfig, RunSettings):
+    for base in kind.__mro__[:-1]:
         (tree,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in itertools.pairwise(tree.body):
@@ -216,14 +216,14 @@ def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
 def load_config(
     recipe: str | None,
     overrides: Sequence[tuple[str, str]] = (),
-    kind: type[PPOConfig] = PPOConfig,
-) -> PPOConfig:
+    kind: type[Any] = PPOConfig,
+) -> Any:
     """Make a configuration from a recipe and ``(key, value)`` pairs given as text.
 
     Args:
         recipe: the name of a shipped recipe, the path of a YAML file, or None for the defaults.
         overrides: pairs that win over the recipe; the values are read as YAML.
-        kind: PPOConfig or one of `configs`.
+        kind: PPOConfig, one of `configs`, or RewardConfig.
 
     Raises:
         UserError: an unknown recipe or key (names the nearest), or a value that does not fit.
@@ -237,11 +237,12 @@ def load_config(
     return from_mapping(settings, kind)
 
 
-def from_mapping(settings: Mapping[str, Any], kind: type[PPOConfig] = PPOConfig) -> PPOConfig:
+def from_mapping(settings: Mapping[str, Any], kind: type[Any] = PPOConfig) -> Any:
     known = [field.name for field in dataclasses.fields(kind)]
+    renamed = getattr(kind, "trl_names", TRL_NAMES)
     for key in settings:
-        if key in TRL_NAMES:
-            raise UserError(f"unknown setting {key!r}; TRL's {key} is {TRL_NAMES[key]!r} here")
+        if key in renamed:
+            raise UserError(f"unknown setting {key!r}; TRL's {key} is {renamed[key]!r} here")
         if key not in known:
             raise UserError(f"unknown setting {key!r}; {nearest(str(key), known)}")
     return kind(**settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -94,6 +94,13 @@ class RewardConfig:
     seed: int = 1
     """Seeds everything that is drawn."""
 
+    # What TRL calls settings that have other names here.
+    trl_names: ClassVar[dict[str, str]] = {
+        "per_device_train_batch_size": "batch_size (pairs a step) with microbatch_tokens",
+        "per_device_eval_batch_size": "microbatch_tokens",
+        "gradient_accumulation_steps": "batch_size (pairs a step) with microbatch_tokens",
+    }
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for name in (field.name for field in dataclasses.fields(self)):
@@ -123,15 +130,3 @@ class RewardConfig:
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_config` reads back to an equal one."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-
-
-# What TRL calls the settings that have other names here.
-TRL_REWARD_NAMES = {
-    "per_device_train_batch_size": "batch_size (pairs a step) with microbatch_tokens",
-    "per_device_eval_batch_size": "microbatch_tokens",
-    "gradient_accumulation_steps": "batch_size (pairs a step) with microbatch_tokens",
-    "load_best_model_at_end": "always on",
-    "max_steps": "num_train_epochs",
-    "optim": "always torch's AdamW, in float32",
-    "weight_decay": "always 0",
-}

@@ -334,7 +334,7 @@ class RewardTrainer:
             title = f"Reward model on {Path(self.config.dataset).stem}"
             draw_reliability(stats, self.folder.path / "calibration.png", title)
         folder = self.folder.path / "model"
-        facts = {k: v for k, v in best.items() if not k.startswith("time/")}
+        facts: dict[str, Any] = {k: v for k, v in best.items() if not k.startswith("time/")}
         facts |= {"dataset": self.config.dataset, "normalized": self.config.normalize}
         save_reward_model(self.backbone, folder, self.base, facts)
         summary = RewardSummary(

@@ -43,7 +43,8 @@ SCORE = f"{PREFIX}score.weight"
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells one base from another: of the first token embeddings, in bfloat16."""
-    rows = model.get_input_embeddings().weight[:64].detach().to("cpu", torch.bfloat16)
+    weight = model.get_input_embeddings().get_parameter("weight")
+    rows = weight[:64].detach().to("cpu", torch.bfloat16)
     return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -161,7 +162,7 @@ class RewardModel:
         microbatch_tokens: int = 2048,
     ):
         self.backbone = backbone
-        self.tokenizer = tokenizer if tokenizer is not None else getattr(backbone, "tokenizer", 0)
+        self.tokenizer: Any = tokenizer or getattr(backbone, "tokenizer", None)
         self.file = file
         self.microbatch_tokens = microbatch_tokens
         self.__name__ = "reward_model" if file is None else file.folder.name
