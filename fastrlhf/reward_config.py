@@ -75,8 +75,8 @@ class RewardConfig:
     quantization: Literal["int8", "nf4"] | None = None
     """Base weights in 8 or 4 bits (bitsandbytes)."""
     trunk_cache_mb: int | None = 2048
-    """Megabytes of the frozen layers' output kept over the epochs; what is beyond is computed again.
-    None: no limit."""
+    """Megabytes of the frozen layers' output kept over the epochs; what is beyond is
+    computed again. None: no limit."""
     gradient_checkpointing: bool = False
     """Recompute the trained layers' activations in the backward."""
 
@@ -105,9 +105,11 @@ class RewardConfig:
         hints = typing.get_type_hints(type(self))
         for name in (field.name for field in dataclasses.fields(self)):
             object.__setattr__(self, name, checked(name, getattr(self, name), hints[name]))
-        for name in "num_train_epochs batch_size microbatch_tokens max_length lora_rank".split():
+        counts = "num_train_epochs batch_size microbatch_tokens max_length lora_rank"
+        for name in counts.split():
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in "learning_rate head_learning_rate lora_alpha max_grad_norm".split():
+        positive = "learning_rate head_learning_rate lora_alpha max_grad_norm"
+        for name in positive.split():
             require(getattr(self, name) > 0, f"{name} must be above 0")
         not_negative = (
             "rating_gap eval_rating_gap rating_margin center_rewards_coefficient warmup_steps "

@@ -11,7 +11,6 @@ The weights with the lowest held-out loss are the ones that are kept, normalised
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping

@@ -223,9 +223,7 @@ class RewardModel:
         for number, (ids, text) in enumerate(zip(tokens, texts, strict=True), start=1):
             if not ids:
                 raise UserError(f"text {number} is empty ({text!r}); a reward model needs a token")
-        states = TextStates(
-            backbone, tokens, budget_mb=0, microbatch_tokens=self.microbatch_tokens
-        )
+        states = TextStates(backbone, tokens, budget_mb=0, microbatch_tokens=self.microbatch_tokens)
         return states.all_scores()
 
     def normalize(self, scores: Tensor) -> None:
