@@ -8,7 +8,7 @@ pairs for n forwards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["Comparison", "PairedTexts", "Preferences", "RatedTexts"]
+__all__ = ["Comparison", "PairedTexts", "Preferences", "RatedTexts", "rows_among", "with_gap"]
 
 # Scores of this many texts are compared with all others at a time.
 ROWS = 512
@@ -35,7 +35,12 @@ class Comparison:
 class Preferences(Protocol):
     """Texts and what is preferred to what."""
 
-    tokens: Sequence[Sequence[int]]
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """Of each text."""
+
+    def __len__(self) -> int:
+        """Rows: pairs, or rated texts."""
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Comparison]:
         """One epoch in batches of about ``size`` pairs' texts, in a fresh order."""
@@ -174,3 +179,15 @@ class RatedTexts:
             self.prompts[rows],
             self.gap,
         )
+
+
+def with_gap(preferences: Preferences, gap: float) -> Preferences:
+    """Ratings must differ by more than ``gap`` to be a pair; pairs that were given stay."""
+    rated = isinstance(preferences, RatedTexts)
+    return replace(preferences, gap=gap) if rated else preferences  # type: ignore[type-var]
+
+
+def rows_among(part: Preferences, whole: Preferences) -> list[int]:
+    """Which of the texts of ``whole`` those of its ``part`` are."""
+    numbers = {tuple(ids): i for i, ids in enumerate(whole.tokens)}
+    return [numbers[tuple(ids)] for ids in part.tokens]

@@ -55,6 +55,8 @@ class RewardConfig:
     """Peak learning rate. TRL: 1e-4 (of LoRA)."""
     head_learning_rate: float = 2e-4
     """Peak learning rate of the reward head."""
+    head_start: bool = True
+    """Fit the head alone first, on the states of the untrained layers."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     """`linear`: to zero over the run, after the warm-up."""
     warmup_steps: int = 20

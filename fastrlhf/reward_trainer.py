@@ -6,7 +6,9 @@ scores each of its texts once, however many pairs it is in. Where a batch takes 
 its scores are computed first, and the loss's gradient with respect to them then goes back through
 one microbatch at a time: the pairs of a batch may lie across microbatches.
 
-The weights with the lowest held-out loss are the ones that are kept, normalised and saved.
+The head starts where it explains the preferences best with the adapter still at nothing: a convex
+problem, solved on states that are computed once (Kumar et al. 2022: a head at random would distort
+what the layers know). The weights with the lowest held-out loss are kept, normalised and saved.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from .adapters import LoraSettings
 from .backbone import SharedBackbone
-from .comparisons import Comparison, PairedTexts, RatedTexts
+from .comparisons import Comparison, RatedTexts, rows_among, with_gap
 from .errors import SelfCheckError, UserError
 from .metrics import PhaseTimer, RunFolder
 from .plot import can_plot
@@ -33,31 +35,15 @@ from .preferences import load_preferences, tokenize_preferences
 from .pretrained import checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .reward_config import RewardConfig
+from .rewards.head_start import fit_head
 from .rewards.model import RewardModel, normalize_head, save_reward_model
 from .rewards.preference_loss import PreferenceStats, bradley_terry, draw_reliability, measure
+from .summary import RewardSummary
 from .text_states import TextStates, by_length
 
-__all__ = ["RewardSummary", "RewardTrainer"]
+__all__ = ["RewardTrainer"]
 
 EVALUATIONS = "evaluations.jsonl"
-
-
-@dataclass(frozen=True)
-class RewardSummary:
-    """How a reward model turned out; accuracies are shares of pairs."""
-
-    accuracy: float  # on held-out pairs
-    train_accuracy: float  # on pairs of as many training rows
-    gap: float  # train_accuracy - accuracy
-    margin: float  # mean score difference of held-out pairs
-    calibration_error: float  # on held-out pairs, before the scores are normalised
-    loss: float  # on held-out pairs
-    steps: int
-    best_step: int
-    stopped: str | None  # why training ended early
-    seconds: float
-    folder: str
-    phase_seconds: Mapping[str, float]
 
 
 class RewardTrainer:
@@ -115,6 +101,9 @@ class RewardTrainer:
             )
         if self.backbone.reward_head is None:
             raise UserError("RewardTrainer needs a backbone with a reward role: reward=True")
+        # The training rows that are evaluated, always the same.
+        sample = self.train_set.sample(len(self.held_out), config.seed)
+        self.train_sample = with_gap(sample, config.eval_rating_gap)
         self.backbone.train_roles("reward")
         # transformers' classifiers have no bias, and differences of scores do not tell it.
         self.backbone.reward_head.linear.bias.requires_grad_(False)
@@ -191,10 +180,13 @@ class RewardTrainer:
         with self.display:
             with self.timer("trunk"):
                 self.make_states()
+            if config.head_start:
+                with self.timer("head"):
+                    self.start_head()
             self.timer.take_step()
             number, stopped = 0, None
             best = self.evaluate(0, 0.0)
-            kept, worse = self.weights(), 0
+            kept, worse = copies(self.backbone.trainable()), 0
             every = config.eval_steps or self.train_set.num_batches(config.batch_size)
             for number, batch in enumerate(self.batches(), start=1):
                 self.step(number, batch)
@@ -203,7 +195,7 @@ class RewardTrainer:
                 found = self.evaluate(number, number * config.num_train_epochs / self.steps)
                 worse = worse + 1
                 if found["held_out/loss"] < best["held_out/loss"]:
-                    best, kept, worse = found, self.weights(), 0
+                    best, kept, worse = found, copies(self.backbone.trainable()), 0
                 if stopped := self.reason_to_stop(found, worse):
                     self.display.say(f"stopped: {stopped}")
                     break
@@ -221,6 +213,14 @@ class RewardTrainer:
             budget_mb=config.trunk_cache_mb,
             microbatch_tokens=config.microbatch_tokens,
         )
+
+    def start_head(self) -> None:
+        """The head that explains the training preferences best while the adapter does nothing."""
+        head = self.backbone.reward_head
+        assert head is not None
+        states = self.states.all_last(range(len(self.train_set.tokens)))
+        with torch.no_grad():
+            head.linear.weight.copy_(fit_head(states, self.train_set, self.config.seed))
 
     def batches(self) -> Iterable[Comparison]:
         for _ in range(self.config.num_train_epochs):
@@ -284,9 +284,8 @@ class RewardTrainer:
             start = len(self.train_set.tokens)
             scores = self.states.all_scores(range(start, len(self.states.tokens)))
             self.held_out_stats = measure(scores, self.held_out.pairs())
-            sample = with_gap(self.train_sample(), self.config.eval_rating_gap)
-            trained = self.states.all_scores(self.sample_texts)
-            train_stats = measure(trained, sample.pairs())
+            trained = self.states.all_scores(rows_among(self.train_sample, self.train_set))
+            train_stats = measure(trained, self.train_sample.pairs())
         line = {"step": number, "epoch": round(epoch, 4)}
         line |= self.held_out_stats.metrics("held_out") | train_stats.metrics("train")
         line["gap"] = line["train/accuracy"] - line["held_out/accuracy"]
@@ -298,13 +297,6 @@ class RewardTrainer:
         )
         return line
 
-    def train_sample(self) -> PairedTexts | RatedTexts:
-        """The training rows that are evaluated, always the same."""
-        sample = self.train_set.sample(len(self.held_out), self.config.seed)
-        numbers = {tuple(ids): i for i, ids in enumerate(self.train_set.tokens)}
-        self.sample_texts = [numbers[tuple(ids)] for ids in sample.tokens]
-        return sample
-
     def reason_to_stop(self, found: Mapping[str, float], worse: int) -> str | None:
         config = self.config
         if config.max_gap is not None and found["gap"] > config.max_gap:
@@ -312,9 +304,6 @@ class RewardTrainer:
         if config.early_stopping_patience is not None and worse >= config.early_stopping_patience:
             return f"the held-out loss has not fallen for {worse} evaluations"
         return None
-
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.backbone.trainable()]
 
     @torch.no_grad()
     def restore(self, kept: list[Tensor]) -> None:
@@ -359,7 +348,5 @@ class RewardTrainer:
         return RewardModel(self.backbone, self.tokenizer)
 
 
-def with_gap(preferences, gap: float):
-    """Ratings must differ by more than ``gap`` to be a pair; given pairs stay."""
-    rated = isinstance(preferences, RatedTexts)
-    return replace(preferences, gap=gap) if rated else preferences
+def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]

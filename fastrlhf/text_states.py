@@ -82,7 +82,12 @@ class TextStates:
         return 0.0 if self.flat is None else self.flat.numel() * self.flat.element_size() / 2**20
 
     def scores(self, rows: Sequence[int]) -> Tensor:
-        """The reward role's scores of texts, [n] float32, in one forward.
+        """The reward role's scores of texts, [n] float32, in one forward."""
+        assert self.backbone.reward_head is not None, "a backbone with a reward role"
+        return self.backbone.reward_head(self.last(rows))
+
+    def last(self, rows: Sequence[int]) -> Tensor:
+        """The reward role's states at the last token of texts, [n, D], in one forward.
 
         Texts start at the left edge and no mask is needed: what comes after a token is hidden from
         it anyway.
@@ -94,8 +99,7 @@ class TextStates:
         everything = torch.ones(len(rows), width, dtype=torch.bool, device=device)
         hidden = self.backbone.hidden("reward", states, everything)
         last = torch.tensor([self.lengths[row] - 1 for row in rows], device=device)
-        assert self.backbone.reward_head is not None, "a backbone with a reward role"
-        return self.backbone.reward_head(hidden[torch.arange(len(rows), device=device), last])
+        return hidden[torch.arange(len(rows), device=device), last]
 
     def padded(self, rows: Sequence[int], width: int) -> Tensor:
         assert self.flat is not None
@@ -116,9 +120,16 @@ class TextStates:
     @torch.no_grad()
     def all_scores(self, rows: Sequence[int] | None = None) -> Tensor:
         """Scores of texts (None: all) without gradients, in the order asked for, [n] float32."""
+        assert self.backbone.reward_head is not None, "a backbone with a reward role"
+        return self.backbone.reward_head(self.all_last(rows))
+
+    @torch.no_grad()
+    def all_last(self, rows: Sequence[int] | None = None) -> Tensor:
+        """States at the last token of texts (None: all), without gradients, [n, D] float32."""
         rows = range(len(self.tokens)) if rows is None else rows
         place = {row: i for i, row in enumerate(rows)}
-        scores = torch.empty(len(rows), device=self.backbone.device)
+        size = self.backbone.decoder.config.hidden_size
+        states = torch.empty(len(rows), size, device=self.backbone.device)
         for part in by_length(self.lengths, rows, self.microbatch_tokens):
-            scores[[place[row] for row in part]] = self.scores(part)
-        return scores
+            states[[place[row] for row in part]] = self.last(part).float()
+        return states
