@@ -50,8 +50,8 @@ def take_states(trainer: RewardTrainer, file: Path) -> bool:
         trainer.make_states()
         states = trainer.states
         assert states.flat is not None
-        cuts = list(zip(states.starts, states.starts[1:], strict=False))
-        torch.save({tuple(x): states.flat[a:b].clone() for x, (a, b) in zip(texts, cuts)}, file)
+        parts = states.flat.split(states.lengths)
+        torch.save({tuple(x): part.clone() for x, part in zip(texts, parts, strict=True)}, file)
         return False
     kept = torch.load(file)
     trainer.states = TextStates(

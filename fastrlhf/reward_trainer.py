@@ -322,8 +322,7 @@ class RewardTrainer:
             title = f"Reward model on {Path(self.config.dataset).stem}"
             draw_reliability(stats, self.folder.path / "calibration.png", title)
         folder = self.folder.path / "model"
-        facts: dict[str, Any] = {k: v for k, v in best.items() if not k.startswith("time/")}
-        facts |= {"dataset": self.config.dataset, "normalized": self.config.normalize}
+        facts = best | {"dataset": self.config.dataset, "normalized": self.config.normalize}
         save_reward_model(self.backbone, folder, self.base, facts)
         summary = RewardSummary(
             accuracy=best["held_out/accuracy"],
@@ -348,5 +347,5 @@ class RewardTrainer:
         return RewardModel(self.backbone, self.tokenizer)
 
 
-def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
+def copies(parameters):
     return [p.detach().clone() for p in parameters]
