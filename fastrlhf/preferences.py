@@ -20,17 +20,25 @@ import tarfile
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .comparisons import PairedTexts, RatedTexts
+from .comparisons import PairedTexts, Preferences, RatedTexts, with_gap
 from .data import INNER_ARCHIVE, SDIST, SNIPPETS, read_json_lines
 from .errors import UserError
 from .pretrained import cache_dir
+from .reward_config import RewardConfig
 
-__all__ = ["check_preferences", "fetch_movie_pairs", "load_preferences", "tokenize_preferences"]
+__all__ = [
+    "check_preferences",
+    "fetch_movie_pairs",
+    "load_preferences",
+    "split_preferences",
+    "tokenize_preferences",
+]
 
 MOVIE_PAIRS = "movie-pairs"
 COLUMNS = "give chosen and rejected (with or without prompt), or completion and rating"
@@ -197,6 +205,28 @@ def tokenize_preferences(
         torch.tensor([used[found[i][1]] for i in kept]),
         torch.tensor([float(rows[i].get("margin") or 0.0) for i in kept]),
     )
+
+
+def split_preferences(
+    rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    config: RewardConfig,
+    max_length: int,
+) -> tuple[Preferences, Preferences]:
+    """Training and held-out preferences; what is split off has no text in common with the rest."""
+    gaps = config.rating_gap, config.eval_rating_gap
+    read = partial(tokenize_preferences, tokenizer=tokenizer, max_length=max_length)
+    found = read(rows, rating_gap=gaps[0])
+    if eval_rows is not None:
+        return found, read(eval_rows, rating_gap=gaps[1])
+    count = config.eval_rows or max(1, len(found) // 5)
+    if count >= len(found):
+        raise UserError(
+            f"{len(found)} rows are too few to hold out {count}; give more, or lower eval_rows"
+        )
+    train, held_out = found.split(count, config.seed)
+    return train, with_gap(held_out, gaps[1])
 
 
 def full_text(row: Mapping[str, Any], name: str, tokenizer: Any, place: int) -> str:

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from .comparisons import Comparison, RatedTexts, rows_among, with_gap
 from .errors import SelfCheckError, UserError
 from .metrics import PhaseTimer, RunFolder
 from .plot import can_plot
-from .preferences import load_preferences, tokenize_preferences
+from .preferences import load_preferences, split_preferences
 from .pretrained import checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .reward_config import RewardConfig
@@ -84,14 +83,21 @@ class RewardTrainer:
         with self.timer("load"):
             rows = load_preferences(config.dataset if train_dataset is None else train_dataset)
             eval_rows = None if eval_dataset is None else load_preferences(eval_dataset)
-            source = model if isinstance(model, SharedBackbone) else self.find(model)
+            trusts = config.trust_remote_code
+            source = (
+                model
+                if isinstance(model, SharedBackbone)
+                else find_pretrained(model or config.model, trust_remote_code=trusts)
+            )
             tokenizer = processing_class or source.tokenizer
             if tokenizer is None:
                 raise UserError("a backbone needs its tokenizer; pass processing_class")
             checked_tokenizer(tokenizer, "processing_class")
             own = source.decoder.config if isinstance(source, SharedBackbone) else source.config
             length = min(config.max_length, context_length(own))
-            self.train_set, self.held_out = self.preferences(rows, eval_rows, tokenizer, length)
+            self.train_set, self.held_out = split_preferences(
+                rows, eval_rows, tokenizer, config, length
+            )
             # Weights come last: what could be wrong with the rest is known by now.
             self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
             self.base = (
@@ -113,11 +119,6 @@ class RewardTrainer:
         self.timer.started = self.display.phase
         self.optimizer, self.schedule = self.make_optimizer()
 
-    def find(self, model: str | None):
-        return find_pretrained(
-            model or self.config.model, trust_remote_code=self.config.trust_remote_code
-        )
-
     def build(self, source) -> SharedBackbone:
         config = self.config
         torch.manual_seed(config.seed)
@@ -134,23 +135,6 @@ class RewardTrainer:
             gradient_checkpointing=config.gradient_checkpointing,
             tokenizer=source.tokenizer,
         )
-
-    def preferences(self, rows, eval_rows, tokenizer, length: int):
-        """Training and held-out preferences; no text is in both."""
-        config = self.config
-        read = partial(tokenize_preferences, tokenizer=tokenizer, max_length=length)
-        found = read(rows, rating_gap=config.rating_gap)
-        if eval_rows is None:
-            count = config.eval_rows or max(1, len(found) // 5)
-            if count >= len(found):
-                raise UserError(
-                    f"{len(found)} rows are too few to hold out {count}; give more, or lower "
-                    "eval_rows"
-                )
-            train, held_out = found.split(count, config.seed)
-        else:
-            train, held_out = found, read(eval_rows, rating_gap=config.eval_rating_gap)
-        return train, with_gap(held_out, config.eval_rating_gap)
 
     def make_optimizer(self):
         config, head = self.config, self.backbone.reward_head
@@ -252,21 +236,22 @@ class RewardTrainer:
         texts: list[int] = batch.texts.tolist()
         place = {text: i for i, text in enumerate(texts)}
         parts = list(by_length(self.states.lengths, texts, self.config.microbatch_tokens))
-        order = torch.tensor([place[text] for part in parts for text in part])
-        if len(parts) == 1:
-            scores = self.states.scores(parts[0])
-            loss = self.loss(torch.zeros_like(scores).index_copy(0, order, scores), batch)
+        # Where each microbatch's texts are in the batch.
+        slots = [torch.tensor([place[text] for text in part]) for part in parts]
+        one = len(parts) == 1
+        with torch.set_grad_enabled(one):
+            found = [self.states.scores(part) for part in parts]
+            joined = torch.cat(found)[torch.cat(slots).argsort()]
+        if not one:
+            joined.requires_grad_()
+        loss = self.loss(joined, batch)
+        if one:
             loss.backward()
-            return torch.zeros_like(scores).index_copy(0, order, scores).detach(), loss.detach()
-        with torch.no_grad():
-            found = torch.cat([self.states.scores(part) for part in parts])
-        given = torch.zeros_like(found).index_copy(0, order, found).requires_grad_()
-        loss = self.loss(given, batch)
-        (gradient,) = torch.autograd.grad(loss, given)
-        for part in parts:
-            own = gradient[torch.tensor([place[text] for text in part])]
-            (self.states.scores(part) * own).sum().backward()
-        return given.detach(), loss.detach()
+            return joined.detach(), loss.detach()
+        (gradient,) = torch.autograd.grad(loss, joined)
+        for part, own in zip(parts, slots, strict=True):
+            (self.states.scores(part) * gradient[own]).sum().backward()
+        return joined.detach(), loss.detach()
 
     def loss(self, scores: Tensor, batch: Comparison) -> Tensor:
         rated = isinstance(self.train_set, RatedTexts)
@@ -301,7 +286,8 @@ class RewardTrainer:
         config = self.config
         if config.max_gap is not None and found["gap"] > config.max_gap:
             return f"the train/held-out gap {found['gap']:.3f} exceeds max_gap ({config.max_gap})"
-        if config.early_stopping_patience is not None and worse >= config.early_stopping_patience:
+        patience = config.early_stopping_patience
+        if patience is not None and worse >= patience:
             return f"the held-out loss has not fallen for {worse} evaluations"
         return None
 

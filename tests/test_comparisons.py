@@ -1,4 +1,4 @@
-"""Comparisons: every pair once, every text of a batch once, and no text on both sides of a split."""
+"""Comparisons: every pair once, every text once, and no text on both sides of a split."""
 
 import itertools
 

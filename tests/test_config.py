@@ -72,9 +72,8 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path):
 
 
 def test_every_field_has_a_docstring():
-    source = "".join(
-        map(inspect.getsource, (AlgorithmSettings, PPOConfig, RewardSettings, RunSettings))
-    )
+    kinds = (AlgorithmSettings, PPOConfig, RewardSettings, RunSettings)
+    source = "".join(map(inspect.getsource, kinds))
     for field in dataclasses.fields(PPOConfig):
         after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), field.name

@@ -40,7 +40,7 @@ def test_rows_that_prefer_nothing_are_named(rows, message):
 def test_a_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"chosen": "x", "rejected": "x"}) + "\n")
-    with pytest.raises(UserError, match="pairs.jsonl, line 2: chosen and rejected are equal"):
+    with pytest.raises(UserError, match=r"pairs.jsonl, line 2: chosen and rejected are equal"):
         load_preferences(str(path))
     with pytest.raises(UserError, match="give movie-pairs, or the path"):
         load_preferences(str(tmp_path / "none.jsonl"))
@@ -80,7 +80,7 @@ def test_ratings_are_compared_within_a_prompt():
 def test_messages_go_through_the_template():
     tokenizer = tiny.tokenizer()
     rows = [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}]
-    with pytest.raises(UserError, match="row 1 is chat messages, but .* no chat template"):
+    with pytest.raises(UserError, match=r"row 1 is chat messages, but .* no chat template"):
         tokenize_preferences(rows, tokenizer, max_length=64)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     found = tokenize_preferences(rows, tokenizer, max_length=64)

@@ -15,7 +15,7 @@ from .preference_loss import bradley_terry, measure
 
 __all__ = ["fit_head"]
 
-PENALTIES = (0.1, 0.03, 0.01, 0.003)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 TEXTS = 256  # half of the texts among which pairs are made
 ITERATIONS = 40
 
