@@ -9,6 +9,8 @@ learning curve, from the head alone (step 0) on. For comparison, in the same spl
     python bench/reward_model.py --threads 1      torch's threads; default 2
     python bench/reward_model.py --states FILE    keeps the frozen layers' output in FILE, or takes
                                                   it from there: their time is then not in the rows
+    python bench/reward_model.py --rows-of FOLDER the rows of a run that was broken off, from its
+                                                  folder
     python bench/reward_model.py key=value …      settings in place of those below, to search
 """
 
@@ -16,7 +18,6 @@ import argparse
 import json
 import os
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,26 +80,36 @@ def run(settings: dict[str, Any], states: Path | None, folder: Path) -> list[dic
     if states is not None:
         taken = take_states(trainer, states)
         trainer.make_states = lambda: None  # type: ignore[method-assign]
-    summary = asdict(trainer.train())
-    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    summary = trainer.train()
+    rows = rows_of(folder, trainer, settings, taken)
+    rows[-1] |= {"phase_seconds": {k: round(v, 1) for k, v in summary.phase_seconds.items()}}
+    return rows
+
+
+def rows_of(
+    folder: Path, trainer: RewardTrainer, settings: dict[str, Any], taken: bool
+) -> list[dict[str, Any]]:
+    """The learning curve that a run left in its folder."""
+    lines = [json.loads(x) for x in (folder / "evaluations.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["held_out/loss"])
     facts = {
         "bench": "reward_model",
         "model": trainer.config.model,
         "dataset": trainer.config.dataset,
         "train_texts": len(trainer.train_set),
         "held_out_texts": len(trainer.held_out),
-        "held_out_pairs": trainer.held_out_stats.pairs,
+        "held_out_pairs": sum(len(part.chosen) for part in trainer.held_out.pairs()),
         "settings": settings,
+        "steps_planned": trainer.steps,
         "vader_accuracy": round(vader_accuracy(trainer), 4),
         "trunk_from_file": taken,
     }
-    rows = []
-    for line in map(json.loads, lines):
-        figures = {k: round(v, 4) for k, v in line.items() if not k.startswith("time/")}
-        figures["kept"] = line["step"] == summary["best_step"]
-        rows.append(facts | figures)
-    rows[-1] |= {"phase_seconds": {k: round(v, 1) for k, v in summary["phase_seconds"].items()}}
-    return rows
+    return [
+        facts
+        | {k: round(v, 4) for k, v in line.items() if not k.startswith("time/")}
+        | {"kept": line is best}
+        for line in lines
+    ]
 
 
 if __name__ == "__main__":
@@ -106,13 +117,18 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", dest="only_print")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--states", type=Path)
+    parser.add_argument("--rows-of", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     pairs = (word.split("=", 1) for word in given.settings)
     settings = SETTINGS | {key: yaml.safe_load(value) for key, value in pairs}
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(settings, given.states, Path(folder) / "run")
+        if given.rows_of is not None:
+            trainer = RewardTrainer(args=RewardConfig(output_dir=f"{folder}/run", **settings))
+            rows = rows_of(given.rows_of, trainer, settings, given.states is not None)
+        else:
+            rows = run(settings, given.states, Path(folder) / "run")
     for row in rows:
         print(json.dumps(row))
     if not given.only_print:

@@ -65,7 +65,7 @@ def test_procedural_tasks():
     columns = {name: [row[name] for row in train] for name in ("task", "entry")}
     assert set(verified(completions=[row["answer"] for row in train], **columns)) == {1.0}
     assert set(verified(completions=["nothing"] * 200, **columns)) == {0.0}
-    with pytest.raises(UserError, match="no task 'chain_sums'.*'chain_sum'"):
+    with pytest.raises(UserError, match=r"no task 'chain_sums'.*'chain_sum'"):
         procedural_rows("chain_sums", 2)
     with pytest.raises(UserError, match="distinct questions, not 500"):
         procedural_rows("chain_sum", 500, min_terms=2, max_terms=2, min_digits=1, max_digits=1)

@@ -84,7 +84,7 @@ def test_what_does_not_pass_is_named(judge):
         replies[0] = reply
         with pytest.raises(UserError, match=message):
             ask(url)
-    with pytest.raises(UserError, match="failed .*, 1 times"):
+    with pytest.raises(UserError, match=r"failed .*, 1 times"):
         ask("http://127.0.0.1:9/", reward_retries=0)
 
 
@@ -109,7 +109,7 @@ def test_coroutines(monkeypatch):
     async def never(**_):
         await asyncio.sleep(60)
 
-    with pytest.raises(UserError, match="the judge 'never' did not answer within 0.05 s, 2 times"):
+    with pytest.raises(UserError, match=r"the judge 'never' did not answer within 0.05 s, 2 times"):
         ask(never, reward_timeout=0.05, reward_retries=1)
 
 

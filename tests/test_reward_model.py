@@ -7,6 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fastrlhf import PPOConfig, PPOTrainer
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.errors import UserError
 from fastrlhf.rewards.model import RewardModel, is_reward_model, save_reward_model
@@ -110,3 +111,21 @@ def test_normalised_on_samples_of_ones_own(base, folder):
     assert abs(float(found.mean())) < 1e-5 and abs(float(found.std()) - 1) < 1e-5
     with pytest.raises(UserError, match="same reward"):
         reward.normalize(torch.ones(3))
+
+
+def test_a_run_rewards_with_a_role_of_its_policy(base, folder, tmp_path):
+    settings = {
+        "model": str(base), "reward": [str(folder), "repetition"], "reward_weights": [1.0, 0.5],
+        "reward_normalization": "running", "reward_backbone": "shared", "total_episodes": 8,
+        "batch_size": 4, "num_ppo_epochs": 1, "response_length": 4, "train_layers": 2,
+        "eval_prompts": 2, "output_dir": str(tmp_path / "run"), "stop_token": None,
+    }  # fmt: skip
+    rows = [{"prompt": text} for text in ("a film", "the end", "so it", "we saw", "if only")]
+    trainer = PPOTrainer(args=PPOConfig(**settings), train_dataset=rows)
+    model = trainer.reward.objectives[0].function
+    assert model.backbone is trainer.backbone
+    trainer.train()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    name = f"objective/{folder.name}"
+    assert all({name, "objective/repetition"} <= line.keys() for line in lines)
+    assert trainer.reward.state_dict()["moments"]["count"] == [8.0, 8.0]
