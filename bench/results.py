@@ -228,8 +228,8 @@ def reward_model_table() -> str:
         f"{row['model']}, {row['train_texts']} texts to train on, {row['held_out_texts']} held "
         f"out ({row['held_out_pairs']} pairs whose ratings differ by more than 0.5; VADER orders "
         f"{row['vader_accuracy']:.3f} of them). Step 0 is the head alone; "
-        f"{row['steps_planned']} steps are an epoch{broken_off}. Measured on {row['device']}, torch "
-        f"{row['torch']}, {row['threads']} threads.",
+        f"{row['steps_planned']} steps are an epoch{broken_off}. Measured on {row['device']}, "
+        f"torch {row['torch']}, threads: {row['threads']}.",
     ]
     return "\n".join(lines)
 
