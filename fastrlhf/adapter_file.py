@@ -155,6 +155,8 @@ def last_part(name: str) -> str:
 
 def width(linear: nn.Module, side: int) -> int:
     """Outputs (side 0) or inputs (side 1) of a linear layer, however its weight is stored."""
+    # One that carries an adapter already is within a wrapper.
+    linear = getattr(linear, "base_layer", linear)
     if isinstance(linear, nn.Linear):
         return (linear.out_features, linear.in_features)[side]
     weight = getattr(linear, "weight", None)  # transformers' Conv1D, [in, out]

@@ -24,6 +24,7 @@ from pathlib import Path
 from .config import describe_settings, load_config
 from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
+from .reward_config import RewardConfig
 
 __all__ = ["main"]
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = verbs.choices[verb]
         budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
+    add_reward(verbs)
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
+        if arguments.verb == "reward":
+            return train_reward(arguments.config, overrides(rest), started)
         return train(arguments, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
@@ -159,6 +163,30 @@ def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], starte
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
+    return 0
+
+
+def add_reward(verbs: argparse._SubParsersAction) -> None:
+    reward = verbs.add_parser(
+        "reward",
+        help="train a reward model on preferences",
+        description="Train a reward model with Bradley-Terry; its folder is then a reward= of the "
+        "other verbs. Prints the summary as one line of JSON.",
+        epilog="Settings, each given as --key value or key=value (what a recipe does not set has "
+        f"the default shown):\n{describe_settings(RewardConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    reward.add_argument("--config", metavar="RECIPE", help="a .yaml file")
+
+
+def train_reward(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
+    config = load_config(recipe, settings, RewardConfig)
+    from .reward_trainer import RewardTrainer
+
+    print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
+    name = Path(recipe).stem if recipe else "reward"
+    print(json.dumps(asdict(RewardTrainer(args=config, name=name, started=started).train())))
     return 0
 
 

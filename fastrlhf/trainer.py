@@ -44,7 +44,7 @@ from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
 from .plot import can_plot, plot_run
 from .progress import Display
-from .rewards.functions import RewardFunction, RewardScorer, load_reward
+from .rewards.functions import RewardFunction, RewardScorer
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
@@ -60,7 +60,7 @@ class PPOTrainer:
 
     Args:
         model: a name or path for `find_pretrained`, or a backbone made before.
-        reward_funcs: a reward function, or its name (see `rewards.functions`).
+        reward_funcs: a reward function, its name, or a list (see `rewards.functions`).
         args: the settings. Its `model`, `dataset` and `reward` stand in for arguments left out.
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
@@ -78,7 +78,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: str | SharedBackbone | None = None,
-        reward_funcs: str | RewardFunction | None = None,
+        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
         args: PPOConfig | None = None,
         train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
@@ -101,7 +101,7 @@ class PPOTrainer:
         self.folder = RunFolder(config.output_dir, name)
         with self.timer("load"):
             reward = reward_funcs if reward_funcs is not None else config.reward
-            self.reward = RewardScorer(load_reward(reward) if isinstance(reward, str) else reward)
+            self.reward = RewardScorer(reward, config)
             rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
             eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
             self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
@@ -119,6 +119,7 @@ class PPOTrainer:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 self.backbone = load_backbone(source, config, device)
                 self.model_config = source.config
+            self.reward.share(self.backbone, tokenizer, self.display.say)
         self.engine = make_engine(self.backbone, tokenizer, config)
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
@@ -187,6 +188,7 @@ class PPOTrainer:
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
         line |= self.state.metrics(config) | sampling | checks | self.budget.metrics()
+        line |= self.reward.take_metrics()
         self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
         return line | self.timer.take_step()
 
