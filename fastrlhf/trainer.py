@@ -50,6 +50,7 @@ from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
 from .step import Updater
 from .summary import Summary
+from .trackers import make_trackers
 from .types import Experience
 
 __all__ = ["PPOTrainer"]
@@ -99,6 +100,7 @@ class PPOTrainer:
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
+        trackers = make_trackers(config, self.folder.path, name)
         with self.timer("load"):
             reward = reward_funcs if reward_funcs is not None else config.reward
             self.reward = RewardScorer(load_reward(reward) if isinstance(reward, str) else reward)
@@ -130,7 +132,7 @@ class PPOTrainer:
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
         given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
-        self.callbacks = Callbacks(callbacks, config, **given)
+        self.callbacks = Callbacks([*trackers, *callbacks], config, **given)
 
     def train(self) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
