@@ -51,33 +51,21 @@ class Tracker(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(
-        self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         self.open(asdict(args), state.global_step)
 
-    def on_log(
-        self,
-        args: PPOConfig,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any],
-        **_: Any,
-    ) -> None:
-        self.write(numbers(logs), logs["step"])
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.write(numbers(given["logs"]), given["logs"]["step"])
 
     def on_evaluate(
-        self,
-        args: PPOConfig,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, Any],
-        **_: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        named = {f"eval/{key}": value for key, value in metrics.items()}
+        named = {f"eval/{key}": value for key, value in given["metrics"].items()}
         self.write(numbers(named), state.global_step)
 
     def on_train_end(
-        self, args: PPOConfig, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         self.close()
 
