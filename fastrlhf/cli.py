@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = verbs.choices[verb]
         budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
+    add_plot(verbs)
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_kernels(rest)
         if arguments.verb == "bench":
             return run_bench(arguments.checkout, rest)
+        if arguments.verb == "plot":
+            return plot(arguments, rest)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
         return train(arguments, overrides(rest), started)
@@ -135,6 +138,36 @@ def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> 
 
     budget = Budget(arguments.gpu, arguments.memory)
     return show_plan(config, budget, arguments.prompt_length, as_json=arguments.json)
+
+
+def add_plot(verbs: argparse._SubParsersAction) -> None:
+    draws = verbs.add_parser(
+        "plot",
+        help="draw runs into one picture",
+        description="Draw the curves of one run, or of several in one picture, also of runs under "
+        "way. Prints the picture's path.",
+        allow_abbrev=False,
+    )
+    draws.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, like runs/ppo")
+    draws.add_argument(
+        "--output", metavar="FILE.png",
+        help="default: plot.png in the run's folder; of several runs, comparison.png",
+    )  # fmt: skip
+
+
+def plot(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    from .plot import save_plot
+
+    runs = arguments.runs
+    own = Path(runs[0]) / "plot.png" if len(runs) == 1 else Path("comparison.png")
+    print(save_plot(runs, Path(arguments.output) if arguments.output else own))
+    return 0
+
+
+def nothing_left(words: Sequence[str]) -> None:
+    if words:
+        raise UserError(f"{words[0]!r} is no option of this verb; see its --help")
 
 
 def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +41,7 @@ from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
-from .plot import can_plot, plot_run
+from .plot import can_plot, save_plot
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
 from .rollout.engines import make_engine
@@ -299,11 +298,8 @@ class PPOTrainer:
     def finish(self, before: Evaluation, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
         if can_plot():
-            path: Path = self.folder.path / "plot.png"
             title = f"{self.name}: {self.config.model}, reward {self.reward.name}"
-            plot_run(
-                self.folder.read_metrics(), path, title=title, held_out=(before.score, after.score)
-            )
+            save_plot([self.folder.path], self.folder.path / "plot.png", title)
         else:
             self.display.say("no plot: pip install matplotlib")
         # What the plan takes is not the run's.
