@@ -98,7 +98,7 @@ def draw_panel(
             if evaluated and line.get(evaluated) is not None
         ]
         if held_out:
-            style = dict(color=colour, markerfacecolor="white", markersize=6, lw=1)
+            style: dict[str, Any] = dict(color=colour, markerfacecolor="white", markersize=6, lw=1)
             axes.plot(*zip(*held_out, strict=True), "o--", **style)
             drawn += [value for _, value in held_out]
     axes.set_title(name, loc="left", fontsize=11)
@@ -144,7 +144,7 @@ def draw_times(axes: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> No
 def draw_legend(figure: Any, axes: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    style = dict(color="#6b6b6b", lw=1.2)
+    style: dict[str, Any] = dict(color="#6b6b6b", lw=1.2)
     handles = [
         Line2D([], [], marker=".", **style, label="rollouts"),
         Line2D([], [], marker="o", ls="--", markerfacecolor="white", **style, label="held out"),

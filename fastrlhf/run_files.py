@@ -67,15 +67,16 @@ def read_run(path: str | Path) -> RunRecord:
     metrics = read_json_lines(path / METRICS)
     if not metrics:
         raise UserError(f"the run in {path} has finished no rollout yet; wait for its first line")
-    summary = path / "summary.json"
+    summary = read_json_lines(path / "summary.json")
     return RunRecord(
         path,
         metrics,
-        read_json_lines(path / "evaluations.jsonl"),
+        # A run that went on from a checkpoint has some of them twice.
+        list({line["step"]: line for line in read_json_lines(path / "evaluations.jsonl")}.values()),
         read_json_lines(path / "samples.jsonl"),
         read_json_lines(path / "findings.jsonl"),
         read_settings(path / "config.yaml"),
-        (read_json_lines(summary) or [None])[-1],
+        summary[-1] if summary else None,
     )
 
 
