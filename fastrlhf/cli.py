@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = verbs.choices[verb]
         budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
+    add_eval(verbs)
     add_plot(verbs)
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "plot":
             return plot(arguments, rest)
+        if arguments.verb == "eval":
+            return evaluate(arguments, rest)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
         return train(arguments, overrides(rest), started)
@@ -138,6 +141,40 @@ def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> 
 
     budget = Budget(arguments.gpu, arguments.memory)
     return show_plan(config, budget, arguments.prompt_length, as_json=arguments.json)
+
+
+def add_eval(verbs: argparse._SubParsersAction) -> None:
+    judges = verbs.add_parser(
+        "eval",
+        help="judge a run's policy, or a model, beside its reference",
+        description="Let a policy and its reference answer the same prompts with the same seeds, "
+        "and print win rate, scores and KL with 95 % intervals, and answers side by side.",
+        allow_abbrev=False,
+    )
+    judges.add_argument("policy", metavar="RUN|MODEL", help="a run's folder, or a model")
+    judges.add_argument("--reference", metavar="MODEL", help="what a model is compared with")
+    judges.add_argument("--checkpoint", metavar="NAME", help="of the run: best, else final")
+    judges.add_argument("--dataset", metavar="DATA", help="default: what the run held out")
+    judges.add_argument(
+        "--reward", action="append", default=[], dest="rewards", metavar="REWARD",
+        help="sentiment, or file.py:function; may be given again. Default: the run's",
+    )  # fmt: skip
+    for name in ("prompts", "seed", "response-length"):
+        judges.add_argument(f"--{name}", type=int, metavar="N", help="default: the run's")
+    judges.add_argument("--samples", type=int, default=4, metavar="N", help="side by side: 4")
+    judges.add_argument("--json", action="store_true", help="print one line of JSON")
+
+
+def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    given = {k: v for k, v in vars(arguments).items() if k not in ("verb", "json", "samples")}
+    for name in ("prompts", "seed", "response_length", "samples"):
+        least = 0 if name in ("seed", "samples") else 1
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    from .evaluate_command import Asked, evaluate_command
+
+    return evaluate_command(Asked(**given), as_json=arguments.json, samples=arguments.samples)
 
 
 def add_plot(verbs: argparse._SubParsersAction) -> None:

@@ -303,6 +303,7 @@ def exact_div(config: PPOConfig, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise UserError(
-            f"{whole} ({a}) must be a multiple of {part} ({b}), but {a} = {a // b} · {b} + {a % b}; "
+            f"{whole} ({a}) must be a multiple of {part} ({b}): "
+            f"{a} = {a // b} · {b} + {a % b}; "
             f"{a - a % b or b} or {a + b - a % b} would fit"
         )
