@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
     add_eval(verbs)
     add_plot(verbs)
+    add_report(verbs)
     add_bench(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "plot":
             return plot(arguments, rest)
+        if arguments.verb == "report":
+            return report(arguments, rest)
         if arguments.verb == "eval":
             return evaluate(arguments, rest)
         if arguments.verb == "plan":
@@ -199,6 +202,26 @@ def plot(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     runs = arguments.runs
     own = Path(runs[0]) / "plot.png" if len(runs) == 1 else Path("comparison.png")
     print(save_plot(runs, Path(arguments.output) if arguments.output else own))
+    return 0
+
+
+def add_report(verbs: argparse._SubParsersAction) -> None:
+    writes = verbs.add_parser(
+        "report",
+        help="write a run as one page of HTML",
+        description="Write one page of HTML with a run's figures, curves, findings of the hacking "
+        "monitor, samples along the run and settings. Prints the page's path.",
+        allow_abbrev=False,
+    )
+    writes.add_argument("run", metavar="RUN", help="a run's folder, like runs/ppo")
+    writes.add_argument("--output", metavar="FILE.html", help="default: report.html in the folder")
+
+
+def report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    from .report import write_report
+
+    print(write_report(arguments.run, Path(arguments.output) if arguments.output else None))
     return 0
 
 

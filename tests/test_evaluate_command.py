@@ -8,19 +8,12 @@ import tiny
 
 from fastrlhf.cli import main
 
-COMMON = [
-    "model=model",
-    "dataset=prompts.jsonl",
-    "reward=mine.py:letters",
-    "total_episodes=96",
-    "batch_size=32",
-    "response_length=8",
-    "train_layers=2",
-    "eval_prompts=24",
-    "learning_rate=1e-2",
-    "kl_coef=0.02",
-    "num_samples=0",
-]
+SETTINGS = dict(
+    model="model", dataset="prompts.jsonl", reward="mine.py:letters", total_episodes=96,
+    batch_size=32, response_length=8, train_layers=2, eval_prompts=24, learning_rate="1e-2",
+    kl_coef=0.02, num_samples=0,
+)  # fmt: skip
+COMMON = [f"{key}={value}" for key, value in SETTINGS.items()]
 KINDS = {
     "lora": [],
     "top": ["use_peft=false"],
