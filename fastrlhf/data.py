@@ -90,10 +90,11 @@ def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list
 
 def shared_messages(row: Mapping[str, Any]) -> list[Any]:
     """The messages that `chosen` and `rejected` begin with; none where they are texts."""
-    both = row.get("chosen"), row.get("rejected")
-    if not all(isinstance(messages, list) for messages in both):
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
         return []
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False))
+    pairs = zip(chosen, rejected, strict=False)
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
     return [message for message, _ in alike]
 
 

@@ -75,7 +75,8 @@ def test_texts_are_escaped(tmp_path):
     (folder / "config.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "model": HOSTILE}))
     found = written(folder)
     assert "script" not in found.tags and found.tags.count("img") == 1
-    assert found.text.count(HOSTILE) == 2 + 2 + 3
+    # The sample, the finding, the heading's model, and the settings.
+    assert found.text.count(HOSTILE) == 2 + 2 + 1 + 3
     assert "n/a" in found.text and "Step 2" in found.text
 
 
