@@ -124,6 +124,9 @@ class PPOConfig(AlgorithmSettings, RunSettings):
     """Rank of the adapters."""
     lora_alpha: float = 32.0
     """Adapters are scaled by lora_alpha / lora_rank."""
+    adapter: str | None = None
+    """A folder in PEFT's format: the LoRA adapter from which policy and reference start, with its
+    own rank and alpha."""
     use_peft: bool = True
     """Train LoRA adapters in the top train_layers; False: those layers' own weights. The reference
     is then a frozen copy of what trains, or none at kl_coef 0."""
