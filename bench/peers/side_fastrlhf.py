@@ -27,7 +27,8 @@ def main(model: str, workload: Workload, critic: str, folder: str) -> None:
         learning_rate=workload.learning_rate, lr_scheduler_type="constant",
         adam_eps=workload.adam_eps, optim="adamw_torch", max_grad_norm=workload.max_grad_norm,
         train_layers="all", use_peft=workload.lora, lora_rank=workload.rank,
-        lora_alpha=workload.alpha,
+        lora_alpha=workload.alpha, bf16=workload.bf16,
+        gradient_checkpointing=workload.checkpointing,
     )  # fmt: skip
     if workload.algorithm == "ppo":
         settings |= dict(

@@ -46,6 +46,9 @@ class Workload:
     """ppo: passes over a rollout; grpo has one"""
     micro: int = 8
     """sequences in one forward and backward"""
+    bf16: bool = False
+    """TRL: autocast; fastrlhf: base weights and activations"""
+    checkpointing: bool = False
     learning_rate: float = 1e-3
     kl_coef: float = 0.05
     """ppo: of the k1 estimate in the reward; grpo: 0, its default everywhere"""
