@@ -55,7 +55,9 @@ class Gate:
 class Side:
     """The driver's end: a process with one trainer."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path):
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ):
         self.name, self.log = name, log
         order_read, order_write = os.pipe()
         result_read, result_write = os.pipe()
