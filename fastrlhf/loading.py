@@ -44,7 +44,7 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
         train_layers=config.train_layers,
         critic=config.critic,
         # Adapters give the reference for nothing; full training pays for it with a copy.
-        reference=config.use_peft or config.kl_coef > 0,
+        reference=config.kl_coef > 0 or (config.use_peft and config.old_logprobs == "scored"),
         gradient_checkpointing=config.gradient_checkpointing,
     )
 

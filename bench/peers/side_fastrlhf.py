@@ -2,7 +2,9 @@
 
 Settings that are not the defaults: KL by k1 in the reward, no stop token, torch's AdamW with states
 in float32, TRL's epsilon, constant learning rate, no clipping for PPO (TRL's does not clip),
-microbatches of as many tokens. With LoRA, adapters are in all layers: there is no trunk to keep.
+microbatches of as many tokens. GRPO takes the log-probabilities of sampling for the old ones and
+has no reference: TRL's, too, runs nothing again before its one update, and has none at beta 0.
+With LoRA, adapters are in all layers: there is no trunk to keep.
 
     python side_fastrlhf.py MODEL WORKLOAD CRITIC ORDERS RESULTS
 """
@@ -37,7 +39,7 @@ def main(model: str, workload: Workload, critic: str, folder: str) -> None:
         )  # fmt: skip
         trainer_class, args = PPOTrainer, PPOConfig(**settings)
     else:
-        settings |= dict(num_generations=workload.generations)
+        settings |= dict(num_generations=workload.generations, old_logprobs="sampled")
         trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
     rows = [{"prompt": text} for text in prompts(workload)]
     trainer = trainer_class(

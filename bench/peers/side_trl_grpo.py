@@ -64,7 +64,8 @@ def main(model: str, workload: Workload, folder: str) -> None:
         scale_rewards="group", mask_truncated_completions=False,
         learning_rate=workload.learning_rate, lr_scheduler_type="constant",
         optim="adamw_torch_fused", adam_epsilon=workload.adam_eps, weight_decay=0.0,
-        max_grad_norm=workload.max_grad_norm, gradient_checkpointing=workload.checkpointing, bf16=workload.bf16,
+        max_grad_norm=workload.max_grad_norm, bf16=workload.bf16,
+        gradient_checkpointing=workload.checkpointing,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, report_to="none",
         logging_strategy="no", save_strategy="no", eval_strategy="no",
     )  # fmt: skip

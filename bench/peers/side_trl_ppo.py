@@ -97,13 +97,16 @@ def main(model: str, workload: Workload, folder: str) -> None:
         vf_coef=0.1, gamma=1.0, lam=0.95, whiten_rewards=False, num_sample_generations=0,
         learning_rate=workload.learning_rate, lr_scheduler_type="constant",
         optim="adamw_torch_fused", adam_epsilon=workload.adam_eps, weight_decay=0.0,
-        gradient_checkpointing=workload.checkpointing, bf16=workload.bf16, use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=workload.checkpointing, bf16=workload.bf16,
+        use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True, report_to="none", logging_strategy="no", save_strategy="no",
         eval_strategy="no",
     )  # fmt: skip
     settings = dict(
         r=workload.rank, lora_alpha=workload.alpha, lora_dropout=0.0,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        target_modules=[
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+        ],
     )  # fmt: skip
     tokenizer = load_tokenizer(model)
     value_model = AutoModelForSequenceClassification.from_pretrained(

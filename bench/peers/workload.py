@@ -1,12 +1,12 @@
-"""What every side of the comparison is given: one model, one tokenizer, prompts, a reward, settings.
+"""What every side is given: one model, one tokenizer, prompts, a reward, settings.
 
 The model has the shape of Qwen2 and random weights: 12 million, 8.2 of them in the embedding, which
 is the head too. Words of the first half of the vocabulary share a direction of the embedding, as
 words of a kind do in trained models; the reward of a response is the share of them. So there is
 something to learn, for adapters under a frozen head as well.
 
-All prompts have as many tokens, and the ids of the tokenizer's end and padding tokens lie beyond the
-model's vocabulary: no response ends early and nothing is padded, on any side.
+All prompts have as many tokens, and the ids of the tokenizer's end and padding tokens lie beyond
+the model's vocabulary: no response ends early and nothing is padded, on any side.
 """
 
 from __future__ import annotations
