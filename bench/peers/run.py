@@ -45,10 +45,10 @@ def workloads(part: str, algorithm: str, weights: str, quick: bool) -> list[Work
     lora = weights == "lora"
     rate = 3e-3 if lora else 3e-4
     if part == "speed":
-        steps = 2 if quick else 4 if algorithm == "ppo" else 8
+        steps = 2 if quick else 4 if algorithm == "ppo" else 6
         return [Workload(algorithm, lora, steps, learning_rate=rate)]
     return [
-        Workload(algorithm, lora, 3 if quick else 8, seed, response_tokens=16, learning_rate=rate)
+        Workload(algorithm, lora, 3 if quick else 6, seed, response_tokens=16, learning_rate=rate)
         for seed in SEEDS[: 1 if quick else None]
     ]
 
@@ -60,9 +60,9 @@ def commands(part: str, workload: Workload, model: Path, file: Path, cache: Path
         peer = [str(fastrlhf_python()), str(HERE / "side_trl_grpo.py"), str(model), str(file)]
         return {"fastrlhf": [*ours, "none"], "TRL 1.16": peer}
     peer = [str(trl_ppo_python(cache)), str(HERE / "side_trl_ppo.py"), str(model), str(file)]
-    sides = {"fastrlhf, critic: shared": [*ours, "shared"]}
-    sides["fastrlhf, critic: adapter"] = [*ours, "adapter"]
-    return sides | {"TRL 1.10": peer}
+    own = {"fastrlhf, critic: adapter": [*ours, "adapter"], "TRL 1.10": peer}
+    # What is learnt is compared with a value network on both sides.
+    return own if part == "curves" else {"fastrlhf, critic: shared": [*ours, "shared"]} | own
 
 
 def environment() -> dict[str, str]:
