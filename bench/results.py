@@ -235,8 +235,14 @@ def reward_model_table() -> str:
 
 
 REWARD_TABLES = {"reward_model": reward_model_table}
+def beside_trl() -> str:
+    import peers_table  # which imports this module
+
+    return peers_table.table()
+
+
 MEMORY_TABLES = {"plan_check": plan_check_table, "plans": plans_table}
-TABLES = {"demo": demo_table, "update_memory": memory_table}
+TABLES = {"demo": demo_table, "update_memory": memory_table, "peers": beside_trl}
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

@@ -29,7 +29,7 @@ from .evaluation import distinct_bigrams, score_all
 from .loading import load_backbone
 from .out_of_memory import MicrobatchBudget
 from .pretrained import Pretrained, context_length, find_pretrained
-from .rewards.functions import RewardScorer, load_reward
+from .rewards.functions import RewardScorer
 from .rollout.engines import make_engine
 from .run_files import is_run
 from .run_policy import find_checkpoint, load_policy
@@ -71,8 +71,8 @@ def evaluate_command(asked: Asked, *, as_json: bool, samples: int) -> int:
         UserError: no such run, model, data set or reward.
     """
     config = settings(asked)
-    names = list(asked.rewards) or [config.reward]
-    scorers = {name: RewardScorer(load_reward(name)) for name in names}
+    trained_on = [config.reward] if isinstance(config.reward, str) else config.reward
+    scorers = {name: RewardScorer(name) for name in asked.rewards or trained_on}
     rows = load_rows(asked.dataset or config.dataset)
     source = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     prompts = chosen_prompts(asked, config, rows, source)

@@ -49,7 +49,7 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
         critic=config.critic,
         adapter=config.adapter,
         # Adapters give the reference for nothing; full training pays for it with a copy.
-        reference=config.use_peft or config.kl_coef > 0,
+        reference=config.kl_coef > 0 or (config.use_peft and config.old_logprobs == "scored"),
         gradient_checkpointing=config.gradient_checkpointing,
     )
 
