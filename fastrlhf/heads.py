@@ -50,8 +50,12 @@ class LanguageModelHead:
         assert weight is not None
         return replace(self, weight=weight, bias=bias)
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""
+        """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32.
+
+        They carry no gradient: what trains goes through the fused ops.
+        """
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = rows.new_empty(rows.shape[0], self.weight.shape[0])
         for start in range(0, self.weight.shape[0], TILE):
