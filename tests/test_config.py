@@ -8,6 +8,7 @@ import pytest
 from fastrlhf.algorithm_settings import AlgorithmSettings
 from fastrlhf.config import RECIPES, PPOConfig, describe_settings, load_config
 from fastrlhf.errors import UserError
+from fastrlhf.run_settings import RunSettings
 
 
 def test_every_recipe_loads():
@@ -70,7 +71,7 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path):
 
 
 def test_every_field_has_a_docstring():
-    source = inspect.getsource(AlgorithmSettings) + inspect.getsource(PPOConfig)
+    source = "".join(map(inspect.getsource, (AlgorithmSettings, PPOConfig, RunSettings)))
     for field in dataclasses.fields(PPOConfig):
         after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), field.name

@@ -110,7 +110,8 @@ def test_a_run_leaves_its_folder(tmp_path):
     summary = trainer(tmp_path, num_samples=1).train()
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "plot.png", "checkpoints",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json",
+        "plot.png", "checkpoints",
     }  # fmt: skip
     assert (run / "checkpoints/final/adapter_model.safetensors").stat().st_size > 0
     assert json.loads((run / "summary.json").read_text())["steps"] == summary.steps

@@ -1,0 +1,42 @@
+"""How a run is watched, judged and kept: the settings that `PPOConfig` inherits.
+
+No torch is imported here: a typo on the command line is told before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .algorithm_settings import require
+
+if TYPE_CHECKING:
+    from .config import PPOConfig
+
+__all__ = ["RunSettings", "check_run"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that do not change what an optimizer step is."""
+
+    output_dir: str | None = None
+    """The run's folder; it must not hold a run. None: `runs/<recipe>`, numbered if taken."""
+    eval_prompts: int = 64
+    """Prompts held out of training for the scores before and after."""
+    eval_steps: int | None = None
+    """Rollouts between evaluations on the held-out prompts. None: only before and after."""
+    num_samples: int = 4
+    """Samples printed at each evaluation."""
+    seed: int = 1
+    """Seeds everything that is drawn."""
+    audit: bool = False
+    """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
+
+
+def check_run(config: PPOConfig) -> None:
+    """Raise UserError for values that cannot be."""
+    require(config.eval_prompts >= 1, "eval_prompts must be at least 1")
+    require(config.eval_steps is None or config.eval_steps >= 1, "eval_steps must be at least 1")
+    for name in ("num_samples", "seed"):
+        require(getattr(config, name) >= 0, f"{name} must not be negative")

@@ -1,0 +1,77 @@
+"""Transformers' callbacks are called at the events that they know, and obeyed."""
+
+import json
+
+import pytest
+from test_trainer import FAST
+from test_trainer import trainer as make
+from transformers import TrainerCallback, TrainerControl
+
+from fastrlhf import UserError
+from fastrlhf.callbacks import Callbacks
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, stop_at=99, evaluate_at=99):
+        self.events = []
+        self.stop_at = stop_at
+        self.evaluate_at = evaluate_at
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append(("train_begin", state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(("step_end", state.global_step))
+        control.should_training_stop = state.global_step >= self.stop_at
+        control.should_evaluate = state.global_step == self.evaluate_at
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.events.append(("log", logs["step"]))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.events.append(("evaluate", state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append(("train_end", state.global_step))
+
+
+def train_with(tmp_path, callback, **changes):
+    trainer = make(tmp_path, total_episodes=96, **changes)
+    trainer.callbacks.callbacks.append(callback)
+    return trainer.train()
+
+
+def test_events_come_in_order(tmp_path):
+    callback = Recorder()
+    train_with(tmp_path, callback)
+    steps = [x for n in (1, 2, 3) for x in (("step_end", n), ("log", n))]
+    assert callback.events == [
+        ("train_begin", 0), ("evaluate", 0), *steps, ("evaluate", 3), ("train_end", 3),
+    ]  # fmt: skip
+
+
+def test_training_stops_where_a_callback_says(tmp_path):
+    assert train_with(tmp_path, Recorder(stop_at=2)).steps == 2
+
+
+def test_evaluation_where_a_callback_or_the_settings_say(tmp_path):
+    train_with(tmp_path / "a", Recorder(evaluate_at=2))
+    train_with(tmp_path / "b", Recorder(), eval_steps=2)
+    for name in "ab":
+        lines = (tmp_path / name / "run/evaluations.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 2, 3]
+
+
+def test_a_class_is_made_an_object_and_a_control_that_is_returned_is_taken():
+    class Returns(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            return TrainerControl(should_training_stop=True)
+
+    callbacks = Callbacks([Returns], FAST)
+    callbacks("on_step_end")
+    assert callbacks.control.should_training_stop
+
+
+def test_what_is_no_callback_is_refused():
+    with pytest.raises(UserError, match="derive it from"):
+        Callbacks([print], FAST)
