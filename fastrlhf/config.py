@@ -29,6 +29,7 @@ from .algorithm_settings import (
     require,
 )
 from .errors import UserError, nearest
+from .rollout_settings import RolloutSettings, check_rollout
 from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
@@ -38,7 +39,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig(AlgorithmSettings, RunSettings):
+class PPOConfig(AlgorithmSettings, RolloutSettings, RunSettings):
     """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
@@ -176,6 +177,7 @@ class PPOConfig(AlgorithmSettings, RunSettings):
         check_algorithm(self)
         check_training(self)
         check_run(self)
+        check_rollout(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
@@ -200,7 +202,7 @@ def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
     """Every setting with its default in ``kind`` and its docstring, for `--help`."""
     default = kind()
     lines = []
-    for base in (AlgorithmSettings, PPOConfig, RunSettings):
+    for base in (AlgorithmSettings, PPOConfig, RolloutSettings, RunSettings):
         (tree,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in itertools.pairwise(tree.body):

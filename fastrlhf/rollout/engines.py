@@ -21,4 +21,5 @@ def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> 
         stops=config.stop_token == "eos",
         trunk_cache=config.trunk_cache,
         trunk_cache_mb=config.trunk_cache_mb,
+        slots=config.rollout_slots,
     )
