@@ -38,9 +38,7 @@ BATCH, LENGTH = 32, 64
 
 def make_backbone(found: Pretrained, dtype: torch.dtype, adapters: bool) -> SharedBackbone:
     layers: dict[str, Any] = {"train_layers": 8} if adapters else {"lora": None, "train_layers": 1}
-    backbone = SharedBackbone.load(
-        found, dtype=dtype, critic=None, reference=adapters, **layers
-    )
+    backbone = SharedBackbone.load(found, dtype=dtype, critic=None, reference=adapters, **layers)
     torch.manual_seed(0)
     with torch.no_grad():
         # A fresh adapter computes zeros; a trained one does not.
@@ -145,9 +143,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     model = find_pretrained("smollm2-135m")
     texts = load_rows("movie-reviews")[:BATCH]
-    batch = PromptSet.tokenize(
-        texts, model.tokenizer, context=2048, response_length=LENGTH
-    ).batch()
+    batch = PromptSet.tokenize(texts, model.tokenizer, context=2048, response_length=LENGTH).batch()
     rows = []
     for dtype, adapters in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
         rows += measure(model, batch, given.rounds, dtype, adapters)

@@ -122,9 +122,7 @@ FAMILIES = {
     "gemma2": Family(as_listed),
     "gemma3_text": Family(as_listed, rotary_by_attention=True),
     "gpt2": Family(embedding="wte", learned_positions="wpe", layers="h", norm="ln_f", rotary=None),
-    "gpt_neox": Family(
-        embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"
-    ),
+    "gpt_neox": Family(embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
     "llama": Family(),
     "mistral": Family(all_in_the_window),
     "phi3": Family(all_in_the_window),

@@ -160,7 +160,10 @@ class VllmEngine(OtherEngine):
         return [
             (
                 list(answer.token_ids),
-                [step[i].logprob for i, step in zip(answer.token_ids, answer.logprobs, strict=True)],
+                [
+                    step[i].logprob
+                    for i, step in zip(answer.token_ids, answer.logprobs, strict=True)
+                ],
             )
             for answer in answers
         ]

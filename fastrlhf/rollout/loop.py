@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .draft import Draft
-from .slots import SlotCache
 from .steps import FamilySteps
 
 __all__ = ["SlotLoop"]
