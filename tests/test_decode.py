@@ -60,12 +60,12 @@ def plain_logprobs(backbone, rollout, temperature=1.0) -> torch.Tensor:
 
 
 def assert_logprobs_are_right(backbone, rollout, temperature=1.0):
-    """No farther from a forward in float64 than a forward in float32 is, and 1e-4."""
+    """From a forward in float64 at most twice as far as a forward in float32 is, and 1e-4."""
     kept = rollout.response_mask
     truth = plain_logprobs(deepcopy(backbone).double(), rollout, temperature)[kept]
     theirs = (plain_logprobs(backbone, rollout, temperature)[kept] - truth).abs().max()
     ours = (rollout.rollout_logprobs[kept] - truth).abs().max()
-    assert ours <= theirs + 1e-4
+    assert ours <= 2 * theirs + 1e-4
     assert (rollout.rollout_logprobs[~kept] == 0).all()
 
 

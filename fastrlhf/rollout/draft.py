@@ -61,8 +61,8 @@ class Draft:
         """States [n, D] of the frozen layers, of the tokens at ``index`` [n] into B·L."""
         if self.trunk is None:
             self.trunk = TrunkCache(
-                *self.tokens.shape, states.shape[-1], dtype=states.dtype, device=states.device,
-                budget_mb=budget_mb,
+                len(self.tokens), self.length, states.shape[-1], dtype=states.dtype,
+                device=states.device, budget_mb=budget_mb,
             )  # fmt: skip
         self.trunk.write_tokens(index, states)
 
