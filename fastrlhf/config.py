@@ -30,6 +30,7 @@ from .algorithm_settings import (
 )
 from .errors import UserError, nearest
 from .reward_settings import RewardSettings, check_reward
+from .rollout_settings import RolloutSettings, check_rollout
 from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
@@ -39,7 +40,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig(AlgorithmSettings, RewardSettings, RunSettings):
+class PPOConfig(AlgorithmSettings, RewardSettings, RolloutSettings, RunSettings):
     """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
@@ -180,6 +181,7 @@ class PPOConfig(AlgorithmSettings, RewardSettings, RunSettings):
         check_training(self)
         check_run(self)
         check_reward(self)
+        check_rollout(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",

@@ -48,6 +48,7 @@ from .rewards.functions import RewardFunction, RewardScorer
 from .rewards.monitor import HackingMonitor
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
+from .rollout.importance import importance_weights
 from .selfcheck import check_experience, check_first_minibatch
 from .step import Updater
 from .summary import Summary
@@ -187,9 +188,17 @@ class PPOTrainer:
             )
             experience, known = experience.judged_by(scores)
             learnt = self.algorithm.advantages(known, experience, config, self.state)
-            experience = experience.with_advantages(learnt.advantages, learnt.returns)
+            own = config.engine == "fastrlhf"
+            experience = experience.with_advantages(
+                learnt.advantages if own else learnt.advantages * importance_weights(
+                    experience.old_logprobs, rollout.rollout_logprobs, config.importance_cap
+                ),
+                learnt.returns,
+            )  # fmt: skip
             spec = self.algorithm.spec(config, float(learnt.scale), self.state)
-            checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
+            checks = check_experience(
+                experience, rollout, untrained=number == 1, dtype=self.dtype, own_engine=own
+            )
         with self.timer("update"), self.audited():
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
