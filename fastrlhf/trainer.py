@@ -207,8 +207,7 @@ class PPOTrainer:
         line |= self.state.metrics(config) | sampling | seen | checks | self.budget.metrics()
         line |= self.reward.take_metrics()
         self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
-        line |= self.monitor.observe(rollout, scores, line)
-        self.monitor.respond(self.state.kl)
+        line |= self.monitor.observe(rollout, scores, line, self.state.kl)
         return line | self.timer.take_step()
 
     def epochs(

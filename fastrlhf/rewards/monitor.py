@@ -103,13 +103,18 @@ class HackingMonitor:
         return self.config.hacking == "stop" and bool(self.found)
 
     def observe(
-        self, rollout: Rollout, scores: Tensor, line: Mapping[str, Any]
+        self,
+        rollout: Rollout,
+        scores: Tensor,
+        line: Mapping[str, Any],
+        controller: KLController | None = None,
     ) -> dict[str, float]:
         """Learn how a rollout went.
 
         Args:
             scores: [B], NaN where a completion was not judged.
             line: the rollout's metrics; `step` is read, and `objective/kl` where there is one.
+            controller: to `respond` to.
 
         Returns:
             The figures as metrics, and how many signs show.
@@ -130,6 +135,8 @@ class HackingMonitor:
             if sentence is not None:
                 self.showing.append(sign.name)
                 self.note(sign, sentence, rows, int(line["step"]))
+        if controller is not None:
+            self.respond(controller)
         # The line has the mean score and the KL already.
         shown = figures.keys() - {"score", "kl"}
         metrics = {f"monitor/{name}": figures[name] for name in sorted(shown)}
