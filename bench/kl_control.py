@@ -91,7 +91,7 @@ def run(arm: str, seed: int, steps: int) -> list[dict[str, Any]]:
         settings["total_episodes"] = steps * settings["batch_size"]
         config = PPOConfig(model=str(review_model()), output_dir=f"{folder}/run", **settings)
         trainer = PPOTrainer(args=config, name=f"{arm}, seed {seed}")
-        trainer.monitor = HackingMonitor(config, ReviewWords(review_texts()), trainer.tell)
+        trainer.monitor = HackingMonitor(config, ReviewWords(review_texts()), trainer.monitor.tell)
         trainer.train()
 
         def lines(name: str) -> list[dict[str, Any]]:

@@ -80,10 +80,17 @@ class Adapters:
 
     def add(self, name: str, config: LoraConfig) -> None:
         """A new adapter that changes nothing yet: its second matrix is zero."""
-        if self.peft is None:
-            self.peft = get_peft_model(self.model, config, adapter_name=name)
-        else:
-            self.peft.add_adapter(name, config)
+        try:
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"PEFT makes no adapter for a {self.model.config.model_type} model ({reason}); "
+                "set use_peft: false"
+            ) from error
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
 
     @torch.no_grad()
@@ -100,7 +107,9 @@ class Adapters:
         """A new adapter with the weights of a file, which fits the model."""
         self.add(name, file.config)
         assert self.peft is not None
-        missed: Any = set_peft_model_state_dict(self.peft, file.state, adapter_name=name)
+        device = next(self.parameters(name)).device  # none at all, where a run is planned
+        state = {key: weight.to(device) for key, weight in file.state.items()}
+        missed: Any = set_peft_model_state_dict(self.peft, state, adapter_name=name)
         absent = [key for key in missed.missing_keys if f".{name}." in key]
         if absent or missed.unexpected_keys:
             raise UserError(

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .algorithm_settings import require
+from .errors import UserError, nearest
 
 if TYPE_CHECKING:
     from .config import PPOConfig
 
 __all__ = ["RunSettings", "check_run"]
+
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,19 @@ class RunSettings:
     """Rollouts between evaluations on the held-out prompts. None: only before and after."""
     num_samples: int = 4
     """Samples printed at each evaluation."""
+    report_to: str | list = "none"
+    """Where figures go beside metrics.jsonl: `none`, `tensorboard`, `wandb`, `trackio`, or a list
+    of them."""
     seed: int = 1
     """Seeds everything that is drawn."""
     audit: bool = False
     """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that `report_to` names, each once."""
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(map(str, named)) if name != "none"]
 
 
 def check_run(config: PPOConfig) -> None:
@@ -40,3 +52,7 @@ def check_run(config: PPOConfig) -> None:
     require(config.eval_steps is None or config.eval_steps >= 1, "eval_steps must be at least 1")
     for name in ("num_samples", "seed"):
         require(getattr(config, name) >= 0, f"{name} must not be negative")
+    for name in config.trackers:
+        if name not in TRACKER_NAMES:
+            known = nearest(name, ("none", *TRACKER_NAMES))
+            raise UserError(f"report_to: {name!r} is no tracker; {known}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..config import PPOConfig
 from ..controllers import KLController
 from ..types import Rollout
-from .functions import RewardFunction, RewardScorer, load_reward
+from .functions import RewardFunction, RewardScorer
 from .warning_signs import SIGNS, WINDOW, Figures, Sign
 
 __all__ = ["Finding", "HackingMonitor", "distinct", "repeated_share"]
@@ -63,12 +63,11 @@ class HackingMonitor:
     def __init__(
         self,
         config: PPOConfig,
-        gold: RewardFunction | None = None,
+        gold: str | RewardFunction | None = None,
         tell: Callable[[Finding], object] = lambda finding: None,
     ):
         self.config = config
-        if gold is None and config.gold is not None:
-            gold = load_reward(config.gold)
+        gold = config.gold if gold is None else gold
         self.gold = None if gold is None else RewardScorer(gold)
         self.tell = tell
         self.found: list[Finding] = []
@@ -76,6 +75,22 @@ class HackingMonitor:
         self.first: list[Figures] = []
         self.last: list[Figures] = []
         self.showing: list[str] = []
+
+    @classmethod
+    def of_run(
+        cls,
+        config: PPOConfig,
+        append: Callable[[str, Mapping[str, Any]], object],
+        say: Callable[[str], object],
+    ) -> HackingMonitor:
+        """One that keeps its findings in findings.jsonl (``append``) and ``say``s them."""
+        ending = "\nstopped, as hacking is stop" if config.hacking == "stop" else ""
+
+        def tell(finding: Finding) -> None:
+            append("findings.jsonl", asdict(finding))
+            say(f"reward hacking? {finding}{ending}")
+
+        return cls(config, tell=tell)
 
     @property
     def findings(self) -> list[str]:
@@ -88,13 +103,18 @@ class HackingMonitor:
         return self.config.hacking == "stop" and bool(self.found)
 
     def observe(
-        self, rollout: Rollout, scores: Tensor, line: Mapping[str, Any]
+        self,
+        rollout: Rollout,
+        scores: Tensor,
+        line: Mapping[str, Any],
+        controller: KLController | None = None,
     ) -> dict[str, float]:
         """Learn how a rollout went.
 
         Args:
             scores: [B], NaN where a completion was not judged.
             line: the rollout's metrics; `step` is read, and `objective/kl` where there is one.
+            controller: to `respond` to.
 
         Returns:
             The figures as metrics, and how many signs show.
@@ -115,6 +135,8 @@ class HackingMonitor:
             if sentence is not None:
                 self.showing.append(sign.name)
                 self.note(sign, sentence, rows, int(line["step"]))
+        if controller is not None:
+            self.respond(controller)
         # The line has the mean score and the KL already.
         shown = figures.keys() - {"score", "kl"}
         metrics = {f"monitor/{name}": figures[name] for name in sorted(shown)}
