@@ -3,8 +3,9 @@
 `now` is the mean of the last WINDOW rollouts, `start` that of the first WINDOW: what is ordinary
 for this model, these prompts and this length is learnt from the run itself. A sign relative to the
 start is silent until a rollout lies outside of it. The few absolute thresholds need no start, so
-that a run which begins collapsed is told of too. All of them are choices, made so that a run under
-a KL that holds is silent (docs/reward_hacking.md has the runs), not results of theory.
+that a run which begins collapsed is told of too. All of them are choices, not results of theory:
+docs/reward_hacking.md has runs that they were right about, and one whose KL held that they warned
+of.
 """
 
 from __future__ import annotations
