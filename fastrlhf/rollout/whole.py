@@ -51,6 +51,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def new_cache(decoder: PreTrainedModel, length: int) -> Cache:
+    """Keys and values of every layer, for sequences of at most ``length`` tokens."""
     depth = decoder.config.num_hidden_layers
     return Cache(layers=[PreallocatedLayer(length) for _ in range(depth)])
 
