@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,28 +28,29 @@ from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
 from .callbacks import Callbacks
-from .checkpoint import save_weights
 from .config import PPOConfig
 from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
+from .identity import identity
 from .loading import find_model, load_backbone, tokenized_prompts
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
-from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
-from .plot import can_plot, plot_run
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer, load_reward
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
+from .run_keeper import RunKeeper
+from .run_state import RunState, Stateful
 from .selfcheck import check_experience, check_first_minibatch
-from .step import Updater
-from .summary import Summary
+from .skipped_steps import SkippedSteps
+from .step import NonFiniteStep, Updater
+from .summary import Summary, summarize
 from .types import Experience
 
 __all__ = ["PPOTrainer"]
@@ -88,14 +89,14 @@ class PPOTrainer:
         name: str | None = None,
         started: float | None = None,
     ):
-        self.started = time.perf_counter() if started is None else started
+        started = time.perf_counter() if started is None else started
         self.config = config = self.config_class() if args is None else args
         if not isinstance(config, self.config_class):
             kinds = self.config_class.__name__, type(config).__name__
             raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
         self.algorithm = ALGORITHMS[config.algorithm]
         self.state = AlgorithmState.of(config)
-        self.name = name = name or config.algorithm
+        name = name or config.algorithm
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
@@ -122,7 +123,8 @@ class PPOTrainer:
         self.engine = make_engine(self.backbone, tokenizer, config)
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
-        self.updater = Updater(self.optimizer, self.schedule, config)
+        names = {p: name for name, p in self.backbone.named_parameters()}
+        self.updater = Updater(self.optimizer, self.schedule, config, names)
         self.budget = MicrobatchBudget(config, self.display.say)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
@@ -131,16 +133,43 @@ class PPOTrainer:
         )
         given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.callbacks = Callbacks(callbacks, config, **given)
+        known = identity(self.backbone, (self.train_prompts, self.held_out))
+        self.run = self.changing()
+        self.keeper = RunKeeper(
+            self.folder, self.run, config, self.display, self.timer, self.callbacks, known, name,
+            started,
+        )  # fmt: skip
+        self.skipped = SkippedSteps(config, self.display.say, self.keeper.checkpoints.told)
+        self.run.others["skipped steps"] = self.skipped
 
-    def train(self) -> Summary:
-        """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
-        config = self.config
-        self.folder.make()
-        self.folder.write_text("config.yaml", config.to_yaml())
-        with self.display, self.saved("final"):
+    def changing(self) -> RunState:
+        """What changes in the run; `others` takes whatever else does."""
+        generators = {"sampling": self.generator, "order": self.shuffler}
+        run = RunState(self.backbone, self.optimizer, self.schedule, generators)
+        run.others |= {"algorithm": self.state, "microbatches": self.budget}
+        for name, one in {"engine": self.engine, "reward": self.reward.function}.items():
+            if isinstance(one, Stateful) and not isinstance(one, torch.nn.Module):
+                run.others[name] = one
+        return run
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary:
+        """Train for `total_episodes` and return how it ended; the run's folder keeps the rest.
+
+        Args:
+            resume_from_checkpoint: True to go on with the run in `output_dir`, from its newest
+                whole checkpoint; or the folder of a run, or of one of its checkpoints.
+
+        Raises:
+            UserError: a folder that holds a run already, or none to go on with; a full disk.
+            SelfCheckError: an identity that holds in every correct run did not.
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; a checkpoint was written.
+        """
+        done = number = self.keeper.begin(resume_from_checkpoint)
+        with self.display, self.keeper:
             self.callbacks("on_train_begin")
-            before = self.evaluate("before training", step=0)
-            for number, prompts in enumerate(self.batches(), start=1):
+            if not done:
+                self.evaluate("before training", step=0)
+            for number, prompts in enumerate(self.batches(done), start=done + 1):
                 self.callbacks.step_begin(number)
                 # A rollout and its trunk cache are gone before the next is generated.
                 line = self.step(number, prompts)
@@ -148,11 +177,14 @@ class PPOTrainer:
                 self.display.step(number, line)
                 self.callbacks("on_step_end")
                 self.callbacks("on_log", logs=line)
-                if self.after_step(number, line):
+                ended = self.after_step(number, line)
+                self.keeper.step_done(number)
+                if ended:
                     break
             after = self.evaluate("after training", step=number)
             self.callbacks("on_train_end")
-        return self.finish(before, after, number)
+            self.keeper.checkpoints.save_final()
+        return self.finish(after, number)
 
     def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
         """Evaluate where it is time to; whether training is to stop."""
@@ -176,6 +208,7 @@ class PPOTrainer:
                 lambda layouts: score(self.backbone, rollout, layouts, config),
                 lambda: self.updater.can_repeat,
             )
+            self.skipped.judged(scores)
             experience, scores = experience.judged_by(scores)
             learnt = self.algorithm.advantages(scores, experience, config, self.state)
             experience = experience.with_advantages(learnt.advantages, learnt.returns)
@@ -186,8 +219,10 @@ class PPOTrainer:
             losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
-        line |= self.state.metrics(config) | sampling | checks | self.budget.metrics()
-        self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
+        line |= self.state.metrics(config) | sampling | checks
+        line |= self.budget.metrics() | self.skipped.metrics()
+        last = losses[-1].policy.stats if losses else None
+        self.state.update(line.get("objective/kl"), config.batch_size, last)
         return line | self.timer.take_step()
 
     def epochs(
@@ -212,7 +247,7 @@ class PPOTrainer:
         """One optimizer step on the sequences ``rows``; the minibatch's summed loss.
 
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
-        returned, where no sequence of the minibatch was judged.
+        returned, where no sequence of the minibatch was judged or the step is skipped.
         """
         mask = experience.response_mask[rows]
         num_items = int(mask.sum())
@@ -231,28 +266,24 @@ class PPOTrainer:
                 check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
             steps = True
 
-        parts, norm = self.budget.run(
-            partial(self.cut, experience.sequences, [rows]),
-            lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
-            lambda: self.updater.can_repeat and not steps,
-        )
+        try:
+            parts, norm = self.budget.run(
+                partial(self.cut, experience.sequences, [rows]),
+                lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
+                lambda: self.updater.can_repeat and not steps,
+            )
+        except NonFiniteStep as broken:
+            self.skipped.skip(broken)
+            return []
+        self.skipped.taken()
         return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
-    @contextmanager
-    def saved(self, name: str) -> Iterator[None]:
-        """Save the weights when the block ends, whatever ends it: no training is lost."""
-        try:
-            yield
-        except BaseException:
-            name = "interrupted"
-            raise
-        finally:
-            save_weights(self.backbone, self.folder.path / "checkpoints" / name)
-
-    def batches(self) -> Iterator[PromptSet]:
+    def batches(self, done: int = 0) -> Iterator[PromptSet]:
+        """The batches of prompts after the first ``done``."""
         config = self.config
         prompts = config.batch_size // config.num_generations
-        yield from self.train_prompts.batches(prompts, config.steps, config.seed)
+        dealt = self.train_prompts.batches(prompts, config.steps, config.seed)
+        yield from islice(dealt, done, None)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
@@ -288,44 +319,25 @@ class PPOTrainer:
         figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
         self.folder.append("evaluations.jsonl", {"step": step} | figures)
         self.callbacks("on_evaluate", metrics=figures)
+        self.keeper.evaluated(result.score, step)
         for sample in zip(result.prompts, result.completions, result.scores, strict=True):
             record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
             self.folder.append("samples.jsonl", {"step": step} | record)
         self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
         return result
 
-    def finish(self, before: Evaluation, after: Evaluation, steps: int) -> Summary:
+    def finish(self, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
-        if can_plot():
-            path: Path = self.folder.path / "plot.png"
-            title = f"{self.name}: {self.config.model}, reward {self.reward.name}"
-            plot_run(
-                self.folder.read_metrics(), path, title=title, held_out=(before.score, after.score)
-            )
-        else:
-            self.display.say("no plot: pip install matplotlib")
-        # What the plan takes is not the run's.
-        seconds, peak_mb = time.perf_counter() - self.started, self.timer.memory.peak_mb()
-        memory, told = planned_and_measured(
+        return summarize(
+            self.folder,
             self.config,
-            self.model_config,
-            self.timer.memory.peaks,
+            after,
+            title=f"{self.keeper.name}: {self.config.model}, reward {self.reward.name}",
+            steps=steps,
+            seconds=self.keeper.seconds,
+            timer=self.timer,
+            model_config=self.model_config,
             prompt_length=self.train_prompts.longest,
             device=self.backbone.device.type,
+            say=self.display.say,
         )
-        self.display.say(told)
-        summary = Summary(
-            score_before=before.score,
-            score_after=after.score,
-            kl=after.kl,
-            entropy=after.entropy,
-            distinct_2=after.distinct_2,
-            steps=steps,
-            seconds=seconds,
-            peak_memory_mb=peak_mb,
-            phase_seconds=dict(self.timer.total),
-            memory_mb=memory,
-        )
-        self.folder.append("summary.json", asdict(summary))
-        self.display.say(f"\nthe run is in {self.folder.path}")
-        return summary
