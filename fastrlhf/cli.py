@@ -24,6 +24,7 @@ from pathlib import Path
 from .config import describe_settings, load_config
 from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
+from .kept_settings import resume_config
 
 __all__ = ["main"]
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except SystemExit as stopped:
+        # SIGTERM, after a checkpoint.
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
         print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
@@ -101,6 +105,9 @@ def add_trainers(verbs: argparse._SubParsersAction) -> None:
         )
         trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
         trains.add_argument(
+            "--resume", metavar="RUN", help="go on with the run in this folder, or a checkpoint's"
+        )
+        trains.add_argument(
             "--auto",
             action="store_true",
             help="fit --gpu or --memory: may change microbatch_tokens, gradient_checkpointing, "
@@ -138,13 +145,19 @@ def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> 
 
 
 def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:
-    recipe = arguments.config
-    config = load_config(recipe, settings, CONFIGS[arguments.verb])
+    recipe, resumed = arguments.config, arguments.resume
+    if resumed:
+        if recipe or arguments.auto:
+            raise UserError("--resume reads the run's own settings; leave --config and --auto out")
+        config = resume_config(resumed, settings, CONFIGS[arguments.verb])
+    else:
+        config = load_config(recipe, settings, CONFIGS[arguments.verb])
     if (arguments.gpu or arguments.memory) and not arguments.auto:
         raise UserError("--gpu and --memory are for --auto and for `fastrlhf plan`; add --auto")
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from fastrlhf_kernels import VocabTensorError
 
+    from .metrics import RunFolder
     from .trainers import TRAINERS
 
     name = Path(recipe).stem if recipe else None
@@ -153,9 +166,12 @@ def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], starte
 
         config, picked = pick(config, Budget(arguments.gpu, arguments.memory))
         print(f"fastrlhf: {picked}", file=sys.stderr)
+    if not resumed:
+        RunFolder(config.output_dir, name or config.algorithm).refuse_run()
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     try:
-        summary = TRAINERS[arguments.verb](args=config, name=name, started=started).train()
+        trainer = TRAINERS[arguments.verb](args=config, name=name, started=started)
+        summary = trainer.train(resume_from_checkpoint=resumed)
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))

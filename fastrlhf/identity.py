@@ -1,4 +1,4 @@
-"""What a checkpoint must be given again to be gone on from: the same model, data and settings.
+"""What a checkpoint must be given again to be gone on from: the same model and data.
 
 A checkpoint holds what training changes. Of the rest it keeps digests: of the model's
 configuration, of a few numbers of every frozen base weight (cheap, and two models differ in them),
@@ -7,7 +7,6 @@ of the shapes that train, and of the prompts.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -16,22 +15,13 @@ from typing import Any
 import torch
 
 from .backbone import SharedBackbone
-from .config import PPOConfig
 from .data import PromptSet
 from .errors import UserError
 
-__all__ = ["check_settings_kept", "identity", "refuse_others"]
+__all__ = ["identity", "refuse_others"]
 
 SAMPLES = 32  # numbers of each weight
 VOLATILE = ("_name_or_path", "transformers_version")
-
-# Settings that a resumed run may change: the numbers of training are the same with them.
-FREE = (
-    "output_dir", "eval_steps", "num_samples", "save_steps", "save_total_limit", "save_best",
-    "max_skipped_steps", "report_to", "audit", "trunk_cache_mb",
-)  # fmt: skip
-# These change rounding alone; they are what helps where memory ran out.
-ROUNDING = ("microbatch_tokens", "workspace_mb", "trunk_cache", "gradient_checkpointing")
 
 MEANINGS = {
     "device": "was written on another kind of device",
@@ -84,41 +74,3 @@ def refuse_others(where: str, kept: Mapping[str, str], ours: Mapping[str, str]) 
             raise UserError(
                 f"checkpoint {where} {meaning}; resume with what the run was started with"
             )
-
-
-def check_settings_kept(where: str, kept: PPOConfig, ours: PPOConfig) -> list[str]:
-    """Whether a run with the settings ``kept`` can go on with ``ours``.
-
-    Returns:
-        The settings that differ and change rounding, and no more.
-
-    Raises:
-        UserError: settings that would make it another run.
-    """
-    before, after = dataclasses.asdict(kept), dataclasses.asdict(ours)
-    differ = [name for name in before if before[name] != after[name] and name not in FREE]
-    if "total_episodes" in differ:
-        check_length(where, kept, ours)
-        differ.remove("total_episodes")
-    changed = [name for name in differ if name not in ROUNDING]
-    if changed:
-        listed = ", ".join(f"{n} (it is {before[n]!r}, not {after[n]!r})" for n in changed)
-        raise UserError(
-            f"{where} cannot go on with another {listed}: it would be another run; leave "
-            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run"
-        )
-    return differ
-
-
-def check_length(where: str, kept: PPOConfig, ours: PPOConfig) -> None:
-    if kept.lr_scheduler_type != "constant":
-        raise UserError(
-            f"{where} cannot go on with total_episodes {ours.total_episodes}: its learning rate "
-            f"falls to zero at {kept.total_episodes}, so every step would have been another; leave "
-            "it out, or start with lr_scheduler_type: constant"
-        )
-    if ours.total_episodes < kept.total_episodes:
-        raise UserError(
-            f"total_episodes can only grow: {where} was started with {kept.total_episodes}; leave "
-            "it out, or give more"
-        )

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .config import PPOConfig, from_mapping
 from .errors import UserError
-from .identity import check_settings_kept, refuse_others
+from .identity import refuse_others
+from .kept_settings import CHECKPOINT, check_settings_kept, parse
 from .metrics import METRICS, RunFolder
-from .run_checkpoints import NAME, Checkpoints, numbered, remove, step_of, tidy
+from .run_checkpoints import Checkpoints, numbered, remove, step_of, tidy
 from .run_state import Damaged, read_whole
 
-__all__ = ["Resumed", "resume", "resume_config", "run_of"]
+__all__ = ["Resumed", "resume"]
 
 
 @dataclass(frozen=True)
@@ -31,41 +30,6 @@ class Resumed:
 
     step: int  # rollouts done
     facts: Mapping[str, Any]
-
-
-def run_of(chosen: str | Path) -> Path:
-    """The run's folder, of that folder or of a checkpoint in it."""
-    path = Path(chosen)
-    return path.parent.parent if NAME.fullmatch(path.name) else path
-
-
-def resume_config(
-    chosen: str | Path, overrides: Mapping[str, Any], kind: type[PPOConfig]
-) -> PPOConfig:
-    """The configuration in a run's folder, with what is given beside it.
-
-    Raises:
-        UserError: no run there, or settings that would make it another run.
-    """
-    run = run_of(chosen)
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} holds no run (no config.yaml); give the folder of one")
-    settings = parse(path.read_text(encoding="utf-8"), str(path))
-    kept = from_mapping(settings, kind)
-    config = from_mapping({**settings, **overrides, "output_dir": str(run)}, kind)
-    check_settings_kept(f"the run in {run}", kept, config)
-    return config
-
-
-def parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{where} must hold the run's settings")
-    return settings
 
 
 def resume(
@@ -87,7 +51,7 @@ def resume(
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"{folder.path} holds no run to resume; leave resume out to start one")
     tidy(checkpoints.path)
-    one = not isinstance(chosen, bool) and NAME.fullmatch(Path(chosen).name) is not None
+    one = not isinstance(chosen, bool) and CHECKPOINT.fullmatch(Path(chosen).name) is not None
     there = [Path(chosen)] if one and not isinstance(chosen, bool) else numbered(checkpoints.path)
     if not there:
         start_over(folder, config, say)

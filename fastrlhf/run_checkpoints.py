@@ -7,7 +7,6 @@ disk and then renamed; whatever goes wrong in between, those before stay as they
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,13 +20,13 @@ from .checkpoint import in_place, save_weights, weight_bytes
 from .config import PPOConfig
 from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
+from .kept_settings import CHECKPOINT
 from .memory_simulation import optimizer_bytes
 from .metrics import RunFolder
 from .run_state import RunState
 
 __all__ = ["Checkpoints", "checkpoint_bytes", "numbered", "resume_command", "tidy"]
 
-NAME = re.compile(r"step-(\d{6,})")
 MIB = 2**20
 TEXTS = 16 * MIB  # the tokenizer of the largest vocabularies, states of random generators
 
@@ -158,12 +157,12 @@ class Checkpoints:
 
 def numbered(path: Path) -> list[Path]:
     """The checkpoints in ``path`` that can be resumed from, the newest first."""
-    found = [p for p in path.iterdir() if NAME.fullmatch(p.name)] if path.is_dir() else []
+    found = [p for p in path.iterdir() if CHECKPOINT.fullmatch(p.name)] if path.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    match = NAME.fullmatch(folder.name)
+    match = CHECKPOINT.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from .callbacks import Callbacks
 from .config import PPOConfig
+from .kept_settings import run_of
 from .metrics import PhaseTimer, RunFolder
 from .progress import Display
-from .resume import resume, run_of
+from .resume import resume
 from .run_checkpoints import Checkpoints, resume_command
 from .run_state import RunState
 from .stop_request import StopRequest

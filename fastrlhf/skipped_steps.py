@@ -56,9 +56,8 @@ class SkippedSteps:
         if self.in_a_row < self.most:
             self.say(f"an optimizer step was skipped: {broken}{self.scores}")
             return
-        count = (
-            f"{self.in_a_row} optimizer steps in a row were" if self.in_a_row > 1 else "a step was"
-        )
+        several = f"{self.in_a_row} optimizer steps in a row were"
+        count = several if self.in_a_row > 1 else "an optimizer step was"
         raise SelfCheckError(
             f"{count} not taken, and the run stops: {broken}{self.scores}; lower learning_rate, "
             f"bound the reward, or train without bf16{self.last_checkpoint()}"

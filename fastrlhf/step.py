@@ -271,14 +271,10 @@ class Updater:
     def finite_total(self, norms: Mapping[nn.Parameter, Tensor]) -> Tensor:
         norm = self.total(norms)
         if not norm.isfinite():
-            first = next(
-                (p for p in self.parameters if p in norms and not norms[p].isfinite()), None
-            )
-            raise NonFiniteStep(
-                "the norm of all gradients is too large for float32"
-                if first is None
-                else self.broken(first, norms[first])
-            )
+            for p in self.parameters:
+                if p in norms and not norms[p].isfinite():
+                    raise NonFiniteStep(self.broken(p, norms[p]))
+            raise NonFiniteStep("the norm of all gradients is too large for float32")
         return norm
 
     def broken(self, parameter: nn.Parameter, norm: Tensor) -> str:
