@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
     add_bench(verbs)
+    add_export(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     warnings.showwarning = show_warning
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_kernels(rest)
         if arguments.verb == "bench":
             return run_bench(arguments.checkout, rest)
+        if arguments.verb == "export":
+            if rest:
+                raise UserError(f"export takes no {rest[0]!r}; see fastrlhf export --help")
+            return export(arguments)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
         return train(arguments, overrides(rest), started)
@@ -175,6 +180,30 @@ def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], starte
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
+    return 0
+
+
+def add_export(verbs: argparse._SubParsersAction) -> None:
+    exports = verbs.add_parser(
+        "export",
+        help="write a run's policy as one plain model",
+        description="Write the trained policy, its adapter merged into the base, with its "
+        "tokenizer, as a folder that transformers loads.",
+        allow_abbrev=False,
+    )
+    exports.add_argument("run", metavar="RUN", help="the run's folder")
+    exports.add_argument("--checkpoint", metavar="NAME", help="final (default), best, step-000010")
+    exports.add_argument("--output", metavar="DIR", required=True, help="a folder to be made")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    from .export import export_run
+
+    def say(text: str) -> None:
+        print(f"fastrlhf: {text}", file=sys.stderr)
+
+    made = export_run(Path(arguments.run), Path(arguments.output), arguments.checkpoint, say)
+    print(made)
     return 0
 
 
