@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastrlhf.config import PPOConfig
 from fastrlhf.errors import SelfCheckError, UserError
 from fastrlhf.optim import make_optimizer, make_schedule
-from fastrlhf.step import Updater, gradient_norm
+from fastrlhf.step import NonFiniteStep, Updater, gradient_norm
 
 CONFIG = PPOConfig(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1e9)
 WAYS = [
@@ -222,7 +222,7 @@ def test_a_gradient_that_is_not_finite_is_refused(way, bad):
     model = Net()
     live = updater(model, way)
     before = weights(model)
-    with pytest.raises(SelfCheckError, match="the gradient is not finite"):
+    with pytest.raises(NonFiniteStep, match=f"the loss is {bad}"):
         live.update([lambda: loss_of(model, scale=bad)])
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
@@ -246,8 +246,11 @@ def test_a_bad_gradient_late_in_the_backward():
         model.embedding.weight.register_hook(lambda gradient: gradient * torch.nan)
         before = weights(model)
         live = updater(model, way)
-        with pytest.raises(SelfCheckError, match="not finite") as error:
+        live.names = {model.embedding.weight: "the embedding"}
+        with pytest.raises(SelfCheckError, match="the gradient of the embedding") as error:
             live.update([lambda: loss_of(model)])
+        half_taken = name(way) == "arriving-per_parameter"
+        assert isinstance(error.value, NonFiniteStep) != half_taken
         after = weights(model)
         return str(error.value), [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
 
@@ -258,6 +261,7 @@ def test_a_bad_gradient_late_in_the_backward():
         if name(way) == "arriving-per_parameter":
             assert stepped == {"middle.weight", "middle.bias"}
             assert "earlier in the backward are stepped already" in message
+            assert "set grad_clip to norm" in message
         else:
             assert not stepped and "stepped already" not in message
 
