@@ -86,7 +86,8 @@ def newest_whole(there: list[Path], say: Callable[[str], None]) -> tuple[Path, A
 def start_over(folder: RunFolder, config: PPOConfig, say: Callable[[str], None]) -> None:
     """Begin again, if no more than that was lost."""
     lines = (folder.path / METRICS).read_bytes().count(b"\n") if folder.holds_run else 0
-    if config.save_steps is None or lines >= config.save_steps:
+    # With as many lines as save_steps the first checkpoint was being written.
+    if config.save_steps is None or lines > config.save_steps:
         raise UserError(
             f"{folder.path} has no checkpoint to go on from; start a new run, with save_steps set"
         )

@@ -88,7 +88,7 @@ def run_to_the_end(config: PPOConfig, resume: bool) -> None:
 
 
 def until_writing(checkpoints: Path) -> None:
-    end = time.perf_counter() + 60
+    end = time.perf_counter() + 10
     while time.perf_counter() < end and not list(checkpoints.glob(".step-*")):
         time.sleep(0.005)
 
