@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -63,7 +64,7 @@ def export_run(
                 if path.is_file() and path.name not in NOT_THE_MODEL:
                     shutil.copy(path, made)
         else:
-            model = found.load(dtype=dtype)
+            model: Any = found.load(dtype=dtype)
             if (folder / OWN).exists():
                 fill(model, folder / OWN)
             elif (folder / ADAPTER).exists():
@@ -110,11 +111,11 @@ def fill(model: torch.nn.Module, file: Path) -> None:
 
 
 @torch.no_grad()
-def merged(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def merged(model: Any, folder: Path) -> Any:
     """The model with its adapter in the weights themselves."""
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     # Rounded once, at the end: the product of an adapter in bfloat16 would be rounded twice.
-    plain = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()  # type: ignore[arg-type]
+    plain = PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload()
     for name, p in plain.named_parameters():
         p.data = p.data.to(dtypes[name])
     plain.config.dtype = next(iter(dtypes.values()))

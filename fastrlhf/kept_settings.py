@@ -56,6 +56,7 @@ def resume_config(
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
+    """The settings that a configuration's YAML holds; ``where`` is named if it holds none."""
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, capsys):
 def test_final_weights_that_do_not_fit_can_be_had_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full(patch, lambda path: "/.final-" in path)
-        with pytest.raises(UserError, match=r"make room .* step-000004 \(go on from it"):
+        with pytest.raises(UserError, match=r"make room .*step-000004 \(go on from it"):
             make(tmp_path).train()
     make(tmp_path).train(resume_from_checkpoint=True)
     assert "final" in names(tmp_path)
