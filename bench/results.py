@@ -204,8 +204,45 @@ def plans_table() -> str:
     return "\n".join(lines)
 
 
+def reward_model_table() -> str:
+    rows = read("reward_model")
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        "| step | held-out accuracy | training accuracy | gap | held-out loss "
+        "| calibration error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        bold = "**" * row["kept"]
+        lines.append(
+            f"| {row['step']} | {bold}{row['held_out/accuracy']:.3f}{bold} "
+            f"| {row['train/accuracy']:.3f} | {row['gap']:+.3f} | {row['held_out/loss']:.3f} "
+            f"| {row['held_out/calibration_error']:.3f} |"
+        )
+    row = rows[-1]
+    ended = row["step"] == row["steps_planned"]
+    broken_off = "" if ended else f", and the run was broken off after step {row['step']}"
+    lines += [
+        "",
+        f"{row['model']}, {row['train_texts']} texts to train on, {row['held_out_texts']} held "
+        f"out ({row['held_out_pairs']} pairs whose ratings differ by more than 0.5; VADER orders "
+        f"{row['vader_accuracy']:.3f} of them). Step 0 is the head alone; "
+        f"{row['steps_planned']} steps are an epoch{broken_off}. Measured on {row['device']}, "
+        f"torch {row['torch']}, threads: {row['threads']}.",
+    ]
+    return "\n".join(lines)
+
+
+REWARD_TABLES = {"reward_model": reward_model_table}
+def beside_trl() -> str:
+    import peers_table  # which imports this module
+
+    return peers_table.table()
+
+
 MEMORY_TABLES = {"plan_check": plan_check_table, "plans": plans_table}
-TABLES = {"demo": demo_table, "update_memory": memory_table}
+TABLES = {"demo": demo_table, "update_memory": memory_table, "peers": beside_trl}
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
@@ -225,6 +262,7 @@ def main() -> None:
         ("README.md", TABLES),
         ("docs/kernels.md", tables.TABLES),
         ("docs/memory.md", MEMORY_TABLES),
+        ("docs/rewards.md", REWARD_TABLES),
     ):
         path = ROOT / page
         path.write_text(with_tables(path.read_text(), made))

@@ -6,7 +6,7 @@ cache and cost calls more than bytes; the ratio to the floor says so.
 
 from collections.abc import Callable
 
-import peers
+import op_peers as peers
 import torch
 from measure import Call, Problem
 from plan import DTYPES, ROLLOUT, SHAPES, Group

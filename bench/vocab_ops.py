@@ -7,10 +7,10 @@ them or not, reads and writes as many bytes as a copy. `read` is `logits.sum()`.
 from collections.abc import Callable
 from dataclasses import replace
 
-import peers
+import op_peers as peers
 import torch
 from measure import Call, Problem
-from peers import Statistics
+from op_peers import Statistics
 from plan import DTYPES, LOGITS_KL, SHAPES, Group
 from torch import Tensor
 

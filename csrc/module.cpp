@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "adamw8bit.h"
+#include "few_rows.h"
 #include "products.h"
 #include "rows.h"
 #include "tokens.h"
@@ -99,6 +100,13 @@ void bfloat16_product(Address left, Address right, Address out, std::int64_t row
                               at<std::uint16_t>(packed), threads});
 }
 
+void few_rows_product(Address left, Address right, Address bias, Address out, std::int64_t rows,
+                      std::int64_t columns, std::int64_t depth, Address packed, int threads) {
+  fastrlhf::few_rows_product({at<const float>(left), at<const float>(right),
+                              at<const float>(bias), at<float>(out), rows, columns, depth,
+                              at<float>(packed), threads});
+}
+
 void adamw_step(Address parameter, int type, Address gradient, int gradient_type,
                 std::int64_t size, Address first, Address first_scales, Address second,
                 Address second_scales, Address maps, Address pieces, float beta1,
@@ -166,6 +174,10 @@ NB_MODULE(_csrc, module) {
   module.attr("PANEL") = fastrlhf::kPanel;
   module.def("has_bfloat16_products", &fastrlhf::has_bfloat16_products);
   module.def("bfloat16_product", &bfloat16_product, release);
+  module.attr("LANES") = fastrlhf::kLanes;
+  module.attr("MOST_ROWS") = fastrlhf::kMostRows;
+  module.def("has_few_rows", &fastrlhf::has_few_rows);
+  module.def("few_rows_product", &few_rows_product, release);
   module.def("sample", &sample, release);
   module.def("adamw_step", &adamw_step, release);
   module.def("gae", &gae, release);

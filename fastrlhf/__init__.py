@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .errors import SelfCheckError, UserError
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
+    from .reward_config import RewardConfig
+    from .reward_trainer import RewardTrainer
+    from .rewards.model import RewardModel
     from .summary import Summary
     from .trainer import PPOTrainer
     from .trainers import A2CTrainer, GRPOTrainer, ReinforceTrainer, RLOOTrainer
@@ -34,6 +37,9 @@ __all__ = [
     "RLOOTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
+    "RewardConfig",
+    "RewardModel",
+    "RewardTrainer",
     "SelfCheckError",
     "SharedBackbone",
     "Summary",
@@ -57,6 +63,9 @@ HOMES = {
     "RLOOTrainer": "trainers",
     "ReinforceConfig": "configs",
     "ReinforceTrainer": "trainers",
+    "RewardConfig": "reward_config",
+    "RewardModel": "rewards.model",
+    "RewardTrainer": "reward_trainer",
     "SelfCheckError": "errors",
     "SharedBackbone": "backbone",
     "Summary": "summary",

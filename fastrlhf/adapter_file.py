@@ -96,8 +96,6 @@ def check_fit(
         ours = given or f"this {model.config.model_type} model"
         return UserError(f"{names}, not for {ours}: {reason}; give one of the two that fits")
 
-    if is_hub_name(made_for) and is_hub_name(given) and last_part(made_for) != last_part(given):
-        raise refuse("their names differ")
     modules = dict(model.named_modules())
     layers: set[int] = set()
     for key, weight in state.items():
@@ -132,6 +130,13 @@ def check_fit(
             f"the adapter in {folder} begins at layer {min(layers)} of {depth}, below the trained "
             f"ones; set train_layers to {depth - min(layers)} or 'all'"
         )
+    if is_hub_name(made_for) and is_hub_name(given) and last_part(made_for) != last_part(given):
+        # Renamed copies and later versions fit as well; shapes cannot tell them from strangers.
+        warnings.warn(
+            f"{names}, and this is {given}: the shapes fit, but on other weights an adapter says "
+            "nothing of use",
+            stacklevel=2,
+        )
 
 
 def rank_of(config: LoraConfig, path: str) -> int:
@@ -150,6 +155,8 @@ def last_part(name: str) -> str:
 
 def width(linear: nn.Module, side: int) -> int:
     """Outputs (side 0) or inputs (side 1) of a linear layer, however its weight is stored."""
+    # One that carries an adapter already is within a wrapper.
+    linear = getattr(linear, "base_layer", linear)
     if isinstance(linear, nn.Linear):
         return (linear.out_features, linear.in_features)[side]
     weight = getattr(linear, "weight", None)  # transformers' Conv1D, [in, out]

@@ -80,10 +80,17 @@ class Adapters:
 
     def add(self, name: str, config: LoraConfig) -> None:
         """A new adapter that changes nothing yet: its second matrix is zero."""
-        if self.peft is None:
-            self.peft = get_peft_model(self.model, config, adapter_name=name)
-        else:
-            self.peft.add_adapter(name, config)
+        try:
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"PEFT makes no adapter for a {self.model.config.model_type} model ({reason}); "
+                "set use_peft: false"
+            ) from error
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
 
     @torch.no_grad()
@@ -99,7 +106,10 @@ class Adapters:
     def load(self, name: str, file: AdapterFile) -> None:
         """A new adapter with the weights of a file, which fits the model."""
         self.add(name, file.config)
-        if differing := self.fill(name, file.state):
+        assert self.peft is not None
+        device = next(self.parameters(name)).device  # none at all, where a run is planned
+        state = {key: weight.to(device) for key, weight in file.state.items()}
+        if differing := self.fill(name, state):
             raise UserError(
                 f"the adapter in {file.folder} is not whole: its weights and its "
                 f"adapter_config.json differ in {differing[0]}; save it again with PEFT"

@@ -124,6 +124,11 @@ class AlgorithmSettings:
     dynamic_sampling: int = BY_ALGORITHM
     """How often groups whose scores are all equal are replaced by groups of fresh prompts; those
     left over train nothing. dapo: 3; 0: such groups are kept, their advantages are 0."""
+    old_logprobs: Literal["scored", "sampled"] = "scored"
+    """`scored`: a rollout is run through the policy again, which finds its exact entropy and, with
+    a reference, its exact KL. `sampled`: sampling's own log-probabilities stand, nothing is run
+    again, there is no reference, and the entropy is that of the sample; needs kl_coef 0 and no
+    critic."""
     overlong_share: float = BY_ALGORITHM
     """Last share of response_length in which a score falls, by up to 1. dapo: 0.2."""
 
@@ -166,6 +171,12 @@ def check_algorithm(config: PPOConfig) -> None:
     require(
         config.kl_controller == "fixed" or config.kl_coef > 0,
         "kl_controller: adaptive multiplies kl_coef, which must be above 0",
+    )
+    require(
+        config.old_logprobs == "scored"
+        or (config.kl_coef == 0 and config.kl_limit is None and config.critic is None),
+        "old_logprobs: sampled leaves KL and values unknown, which kl_coef, kl_limit and a critic "
+        "need; set old_logprobs to scored",
     )
     check_generations(config)
     for name, readers in READ_BY.items():

@@ -12,19 +12,18 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from .config import describe_settings, load_config
 from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
 from .kept_settings import resume_config
+from .reward_config import RewardConfig
 
 __all__ = ["main"]
 
@@ -45,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = verbs.choices[verb]
         budget.add_argument("--gpu", metavar="16GB", help="the memory of the GPU to fit")
         budget.add_argument("--memory", metavar="8GB", help="the same without a GPU")
+    add_reward(verbs)
+    add_eval(verbs)
+    add_plot(verbs)
+    add_report(verbs)
     add_bench(verbs)
     add_export(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
@@ -58,13 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verb == "xray":
             return show_kernels(rest)
         if arguments.verb == "bench":
+            from .bench_command import run_bench
+
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "export":
             if rest:
                 raise UserError(f"export takes no {rest[0]!r}; see fastrlhf export --help")
             return export(arguments)
+        if arguments.verb == "plot":
+            return plot(arguments, rest)
+        if arguments.verb == "report":
+            return report(arguments, rest)
+        if arguments.verb == "eval":
+            return evaluate(arguments, rest)
         if arguments.verb == "plan":
             return plan_run(arguments, overrides(rest))
+        if arguments.verb == "reward":
+            return train_reward(arguments.config, overrides(rest), started)
         return train(arguments, overrides(rest), started)
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
@@ -149,6 +162,90 @@ def plan_run(arguments: argparse.Namespace, settings: list[tuple[str, str]]) -> 
     return show_plan(config, budget, arguments.prompt_length, as_json=arguments.json)
 
 
+def add_eval(verbs: argparse._SubParsersAction) -> None:
+    judges = verbs.add_parser(
+        "eval",
+        help="judge a run's policy, or a model, beside its reference",
+        description="Let a policy and its reference answer the same prompts with the same seeds, "
+        "and print win rate, scores and KL with 95 % intervals, and answers side by side.",
+        allow_abbrev=False,
+    )
+    judges.add_argument("policy", metavar="RUN|MODEL", help="a run's folder, or a model")
+    judges.add_argument("--reference", metavar="MODEL", help="what a model is compared with")
+    judges.add_argument("--checkpoint", metavar="NAME", help="of the run: best, else final")
+    judges.add_argument("--dataset", metavar="DATA", help="default: what the run held out")
+    judges.add_argument(
+        "--reward", action="append", default=[], dest="rewards", metavar="REWARD",
+        help="sentiment, or file.py:function; may be given again. Default: the run's",
+    )  # fmt: skip
+    for name in ("prompts", "seed", "response-length"):
+        judges.add_argument(f"--{name}", type=int, metavar="N", help="default: the run's")
+    judges.add_argument("--samples", type=int, default=4, metavar="N", help="side by side: 4")
+    judges.add_argument("--json", action="store_true", help="print one line of JSON")
+
+
+def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    given = {k: v for k, v in vars(arguments).items() if k not in ("verb", "json", "samples")}
+    for name in ("prompts", "seed", "response_length", "samples"):
+        least = 0 if name in ("seed", "samples") else 1
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    from .evaluate_command import Asked, evaluate_command
+
+    return evaluate_command(Asked(**given), as_json=arguments.json, samples=arguments.samples)
+
+
+def add_plot(verbs: argparse._SubParsersAction) -> None:
+    draws = verbs.add_parser(
+        "plot",
+        help="draw runs into one picture",
+        description="Draw the curves of one run, or of several in one picture, also of runs under "
+        "way. Prints the picture's path.",
+        allow_abbrev=False,
+    )
+    draws.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, like runs/ppo")
+    draws.add_argument(
+        "--output", metavar="FILE.png",
+        help="default: plot.png in the run's folder; of several runs, comparison.png",
+    )  # fmt: skip
+
+
+def plot(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    from .plot import save_plot
+
+    runs = arguments.runs
+    own = Path(runs[0]) / "plot.png" if len(runs) == 1 else Path("comparison.png")
+    print(save_plot(runs, Path(arguments.output) if arguments.output else own))
+    return 0
+
+
+def add_report(verbs: argparse._SubParsersAction) -> None:
+    writes = verbs.add_parser(
+        "report",
+        help="write a run as one page of HTML",
+        description="Write one page of HTML with a run's figures, curves, findings of the hacking "
+        "monitor, samples along the run and settings. Prints the page's path.",
+        allow_abbrev=False,
+    )
+    writes.add_argument("run", metavar="RUN", help="a run's folder, like runs/ppo")
+    writes.add_argument("--output", metavar="FILE.html", help="default: report.html in the folder")
+
+
+def report(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
+    from .report import write_report
+
+    print(write_report(arguments.run, Path(arguments.output) if arguments.output else None))
+    return 0
+
+
+def nothing_left(words: Sequence[str]) -> None:
+    if words:
+        raise UserError(f"{words[0]!r} is no option of this verb; see its --help")
+
+
 def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:
     recipe, resumed = arguments.config, arguments.resume
     if resumed:
@@ -207,6 +304,30 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_reward(verbs: argparse._SubParsersAction) -> None:
+    reward = verbs.add_parser(
+        "reward",
+        help="train a reward model on preferences",
+        description="Train a reward model with Bradley-Terry; its folder is then a reward= of the "
+        "other verbs. Prints the summary as one line of JSON.",
+        epilog="Settings, each given as --key value or key=value (what a recipe does not set has "
+        f"the default shown):\n{describe_settings(RewardConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    reward.add_argument("--config", metavar="RECIPE", help="a .yaml file")
+
+
+def train_reward(recipe: str | None, settings: list[tuple[str, str]], started: float) -> int:
+    config = load_config(recipe, settings, RewardConfig)
+    from .reward_trainer import RewardTrainer
+
+    print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
+    name = Path(recipe).stem if recipe else "reward"
+    print(json.dumps(asdict(RewardTrainer(args=config, name=name, started=started).train())))
+    return 0
+
+
 def add_bench(verbs: argparse._SubParsersAction) -> None:
     bench = verbs.add_parser(
         "bench",
@@ -219,33 +340,6 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     bench.add_argument("--checkout", metavar="PATH", help="default: where this package lies, or .")
-
-
-def run_bench(checkout: str | None, options: Sequence[str]) -> int:
-    """`pytest bench/` of a checkout; the exit status is pytest's, 2 for a bad option."""
-    here = Path(__file__).parent.parent
-    places = [Path(checkout)] if checkout else [here, Path.cwd()]
-    roots = [place for place in places if (place / "bench" / "test_ops.py").exists()]
-    if not roots:
-        raise UserError(
-            f"no benchmarks in {' or '.join(str(place) for place in places)}: they are in the "
-            "source, not in the installed package. Get the source of fastrlhf and name its folder: "
-            "fastrlhf bench --checkout PATH"
-        )
-    if not (find_spec("pytest") and find_spec("pytest_benchmark")):
-        raise UserError(
-            "fastrlhf bench needs pytest and pytest-benchmark; "
-            "run: pip install pytest pytest-benchmark"
-        )
-    # -P keeps the current folder off Python's path, where kernels/ would pass for a package.
-    command = [sys.executable, "-P", "-m", "pytest", str(roots[0] / "bench"), "--benchmark-quiet"]
-    try:
-        status = subprocess.run([*command, *options]).returncode
-    except KeyboardInterrupt:
-        print("fastrlhf: interrupted; the rows so far are kept", file=sys.stderr)
-        return 130
-    bad_option = 4  # pytest's ExitCode.USAGE_ERROR
-    return 2 if status == bad_option else status
 
 
 def show_kernels(words: Sequence[str]) -> int:

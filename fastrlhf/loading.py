@@ -13,6 +13,7 @@ from .backbone import SharedBackbone
 from .config import PPOConfig
 from .data import PromptSet
 from .errors import UserError
+from .host_memory import map_large_blocks, spares_memory
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .quantization import Quantization
 
@@ -34,6 +35,9 @@ class Source(Protocol):
 def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackbone:
     """Load ``source`` as ``config`` says and add what trains."""
     found: Any = source
+    if device == "cpu" and spares_memory(config):
+        # Before the weights come: reading them for a quantised model is its largest phase.
+        map_large_blocks()
     return SharedBackbone.load(
         found,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
@@ -43,8 +47,9 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
         lora=LoraSettings(config.lora_rank, config.lora_alpha) if config.use_peft else None,
         train_layers=config.train_layers,
         critic=config.critic,
+        adapter=config.adapter,
         # Adapters give the reference for nothing; full training pays for it with a copy.
-        reference=config.use_peft or config.kl_coef > 0,
+        reference=config.kl_coef > 0 or (config.use_peft and config.old_logprobs == "scored"),
         gradient_checkpointing=config.gradient_checkpointing,
     )
 

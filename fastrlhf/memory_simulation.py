@@ -5,7 +5,7 @@ through the engine, `score` and the update as in training, under a `StorageTrack
 of run:
 
 1. The optimizer's state, by the sizes that its make documents; torch's own AdamW is run.
-2. Of a response's decoding steps, only the last: its caches are full.
+2. Of a response's decoding steps, only the last: its caches are full, and all slots in use.
 3. Of a rollout's and a minibatch's microbatches, the first two. They are the longest, and what
    one leaves behind is there in the second.
 4. Every prompt is as long as the longest and every response goes to its end.
@@ -36,9 +36,12 @@ from .memory_shapes import ShapeOnly
 from .memory_tracking import StorageTracker, running_as, tensor_bytes
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer
-from .rollout.decode import DecodeEngine
+from .rollout.draft import Draft
+from .rollout.engines import make_engine
+from .rollout.steps import FamilySteps
+from .rollout.whole import forward, new_cache
 from .step import Updater
-from .trunk import positions
+from .trunk_cache import TrunkCache
 from .types import Experience, Prompts, Rollout
 
 __all__ = ["Simulated", "Simulation", "optimizer_bytes"]
@@ -154,7 +157,8 @@ class Simulation:
                 self.load()
             if config.eval_prompts > config.batch_size:
                 self.phase("evaluate", self.evaluate)
-            rollout = self.phase("rollout", self.rollout, config.batch_size)
+            given = (config.batch_size, config.num_generations)
+            rollout = self.phase("rollout", self.rollout, *given)
             # Sequences at the left edge need no mask, and torch finds that out.
             self.tracker.answer = config.microbatching == "sorted"
             experience = self.phase("score", self.score, rollout)
@@ -196,59 +200,80 @@ class Simulation:
         in_backward = self.config.optimizer_in_backward
         self.components["gradients"] = max(gradients) if in_backward else sum(gradients)
 
-    def rollout(self, batch: int) -> Rollout:
-        """The first and the last step of the engine's loop, and what it returns."""
+    def rollout(self, batch: int, generations: int = 1) -> Rollout:
+        """The prompts' forward and the last step of the engine's loop, and what it returns."""
         config = self.config
-        engine = DecodeEngine(
-            self.backbone, Texts(), response_length=config.response_length,
-            trunk_cache=config.trunk_cache, trunk_cache_mb=config.trunk_cache_mb,
-        )  # fmt: skip
+        engine = make_engine(self.backbone, Texts(), config)
         with torch.device(self.device):
             tokens = torch.zeros(batch, self.length, dtype=torch.int64)
             mask = torch.ones(batch, self.length, dtype=torch.bool)
             mask[0, 0] = False
-            logprobs = torch.zeros(batch, config.response_length)
+            logprobs, uniform = (torch.zeros(batch, config.response_length) for _ in range(2))
             ended = torch.zeros(batch, dtype=torch.bool)
-        prompt = (tokens[:, : self.prompt].clone(), mask[:, : self.prompt].clone())
-        kept = None
-        with (
-            torch.no_grad(),
-            self.backbone.role("policy") as decoder,
-            engine.recorded() as outputs,
-        ):
-            cache: Any = engine.new_cache(self.length)
-            for start, stop in ((0, self.prompt), (self.length - 2, self.length - 1)):
-                for layer in cache.layers:
-                    if start:
-                        layer.filled = start
-                        layer.keys = layer.key_buffer[:, :, :start]
-                hidden = decoder(
-                    input_ids=tokens[:, start:stop],
-                    attention_mask=mask[:, :stop],
-                    position_ids=positions(mask[:, :stop])[:, start:stop],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-                for states in outputs:
-                    if kept is None:
-                        with torch.device(self.device):
-                            kept = engine.new_trunk_cache(states, self.length)
-                        if self.kind != "cpu":
-                            self.tracker.forget(kept.host_rows)
-                    kept.write_columns(start, states)
-                outputs.clear()
-                self.draw(self.backbone.head.logits(hidden))
-        self.components["KV cache"] = sum(
-            tensor_bytes(x.key_buffer, x.value_buffer) for x in cache.layers
-        )
+        given = tokens[:, : self.prompt].clone(), mask[:, : self.prompt].clone()
+        prompts = Prompts([""] * batch, *given, [{}] * batch)
+        draft = Draft(prompts, tokens, mask, logprobs, ended, uniform)
+        with torch.no_grad(), self.backbone.role("policy") as decoder:
+            family = engine.family(decoder)
+            slots = min(config.rollout_slots or batch, batch)
+            if family is None:
+                buffers = self.decode_whole(decoder, tokens[:slots], mask[:slots])
+            else:
+                cache = engine.new_cache(batch, self.length)
+                steps = engine.steps(decoder, family, cache)
+                self.decode(steps, draft, slots, -(-slots // generations))
+                buffers = cache.numbers()
+        self.components["KV cache"] = tensor_bytes(buffers)
+        kept = draft.trunk
         self.components["trunk cache"] = 0 if kept is None else tensor_bytes(kept.device_rows)
-        prompts = Prompts([""] * batch, *prompt, [{}] * batch)
-        rollout = engine.finish(prompts, tokens, mask, logprobs, ended, kept)
+        rollout = draft.finish(Texts())
         # The cuts are worked out in host memory, of masks whose values are known.
         masks = (torch.ones(batch, self.length), torch.ones(batch, config.response_length))
         masks[0][0, 0] = 0.0
         vars(rollout)["sequences"] = Sequences(*(mask.bool() for mask in masks))
         return rollout
+
+    def decode(self, steps: FamilySteps, draft: Draft, slots: int, prompts: int) -> None:
+        """As `SlotLoop` does with all slots in use; ``prompts``: different ones among them."""
+        with torch.device(self.device):
+            rows, lengths = torch.arange(slots), torch.full((prompts,), self.prompt)
+            sources = rows % prompts
+            columns = torch.full((slots,), self.length - 2)
+        first = steps.prompts(draft.tokens[:prompts, : self.prompt], lengths, rows, sources)
+        for states, width in ((first, self.prompt), (None, 1)):
+            if states is None:
+                states = steps.tokens(draft.tokens[:slots, -1], columns, self.length - 1)
+            if states.trunk is not None:
+                self.keep(draft, states.trunk, width)
+            hidden = states.last if width == 1 else states.last[sources]
+            del states
+            self.draw(self.backbone.head.logits(hidden))
+
+    def keep(self, draft: Draft, states: Tensor, width: int) -> None:
+        if draft.trunk is None:
+            shape = *draft.tokens.shape, states.shape[-1]
+            with torch.device(self.device):
+                draft.trunk = TrunkCache(
+                    *shape, dtype=states.dtype, device=states.device,
+                    budget_mb=self.config.trunk_cache_mb,
+                )  # fmt: skip
+            if self.kind != "cpu":
+                self.tracker.forget(draft.trunk.host_rows)
+        # A prompt's states are written for one sequence after the other.
+        columns = torch.arange(width, device="cpu")
+        draft.trunk.write_tokens(columns, states[0])
+
+    def decode_whole(self, decoder: Any, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        """As `decode_whole` does; the buffers of keys and values."""
+        cache: Any = new_cache(decoder, self.length)
+        for start, stop in ((0, self.prompt), (self.length - 2, self.length - 1)):
+            for layer in cache.layers:
+                if start:
+                    layer.filled = start
+                    layer.keys = layer.key_buffer[:, :, :start]
+            hidden = forward(decoder, cache, tokens[:, start:stop], mask[:, :stop])
+            self.draw(self.backbone.head.logits(hidden))
+        return [x for layer in cache.layers for x in (layer.key_buffer, layer.value_buffer)]
 
     def draw(self, logits: Tensor) -> None:
         """Sample: our kernels read the logits where they lie, the reference makes copies."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .advantages import explained_variance
 from .errors import UserError
+from .host_memory import return_freed_memory
 from .losses import MicrobatchLoss
 from .pretrained import write_through
-from .step import return_freed_memory
 from .types import Experience, Rollout
 
 __all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]

@@ -12,6 +12,7 @@ from .architectures import architecture
 from .config import PPOConfig
 from .data import PromptSet, load_rows
 from .errors import UserError
+from .host_memory import map_large_blocks
 from .memory import parse_size, plan, size
 from .memory_advice import Fitting, automatic, fit
 from .pretrained import context_length, find_pretrained
@@ -111,6 +112,8 @@ def pick(config: PPOConfig, budget: Budget) -> tuple[PPOConfig, str]:
         config, limit, model_config=found.config, device=budget.device,
         prompt_length=prompts.longest,
     )  # fmt: skip
+    if not budget.gpu:
+        map_large_blocks()  # the plan is of what is alive
     words = " ".join(map(str, fitting.changes)) or "the settings as they are"
     needed = size(fitting.plan.needed)
     return fitting.config, f"--auto picked {words}: {needed} of {size(limit)}"

@@ -105,10 +105,16 @@ class Display:
         """Print a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def samples(self, title: str, evaluation: Evaluation, count: int) -> None:
-        """Print the first ``count`` completions of an evaluation with their scores."""
-        self.say(f"\n{title}: score {evaluation.score:+.3f}, entropy {evaluation.entropy:.2f}")
+    def evaluated(self, title: str, evaluation: Evaluation, count: int | None) -> None:
+        """Print an evaluation's figures and its first ``count`` completions with their scores.
+
+        None is the figures alone, in one line among those of the steps.
+        """
+        kl = "" if evaluation.kl is None else f"KL {evaluation.kl:.2f}, "
+        above = "" if count is None else "\n"
+        figures = f"score {evaluation.score:+.3f}, {kl}entropy {evaluation.entropy:.2f}"
+        self.say(f"{above}{title}: {figures}")
         shown = zip(evaluation.scores, evaluation.prompts, evaluation.completions, strict=True)
-        for score, prompt, completion in itertools.islice(shown, count):
+        for score, prompt, completion in itertools.islice(shown, count or 0):
             judged = "  n/a" if score is None else f"{score:+.2f}"
             self.say(f"  {judged}  {prompt} | {' '.join(completion.split())}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from .callbacks import Callbacks
 from .config import PPOConfig
+from .evaluation import Evaluation
 from .kept_settings import run_of
 from .metrics import PhaseTimer, RunFolder
 from .progress import Display
@@ -107,9 +108,15 @@ class RunKeeper:
             self.display.say(f"stopped after step {number}; go on with: {again}")
             self.stop.leave(f"after step {number}")
 
-    def evaluated(self, score: float, step: int) -> None:
-        """The policy after ``step`` rollouts has this score on the held-out prompts."""
-        state = self.callbacks.state
+    def evaluated(self, result: Evaluation, step: int) -> None:
+        """The policy after ``step`` rollouts was judged on the held-out prompts."""
+        figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
+        self.folder.append("evaluations.jsonl", {"step": step} | figures)
+        self.callbacks("on_evaluate", metrics=figures)
+        for sample in zip(result.prompts, result.completions, result.scores, strict=True):
+            record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
+            self.folder.append("samples.jsonl", {"step": step} | record)
+        score, state = result.score, self.callbacks.state
         if step and (state.best_metric is None or score > state.best_metric):
             state.best_metric, state.best_global_step = score, step
             if self.config.save_best:

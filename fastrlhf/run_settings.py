@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .algorithm_settings import require
+from .errors import UserError, nearest
 
 if TYPE_CHECKING:
     from .config import PPOConfig
 
 __all__ = ["RunSettings", "check_run"]
+
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,19 @@ class RunSettings:
     max_skipped_steps: int = 3
     """Optimizer steps in a row whose loss or gradient may be NaN or infinite before the run stops;
     each is skipped."""
+    report_to: str | list = "none"
+    """Where figures go beside metrics.jsonl: `none`, `tensorboard`, `wandb`, `trackio`, or a list
+    of them."""
     seed: int = 1
     """Seeds everything that is drawn."""
     audit: bool = False
     """Fail if the score or update phase creates a vocab-sized tensor beyond the workspace."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that `report_to` names, each once."""
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(map(str, named)) if name != "none"]
 
 
 def check_run(config: PPOConfig) -> None:
@@ -59,3 +71,7 @@ def check_run(config: PPOConfig) -> None:
     require(config.max_skipped_steps >= 1, "max_skipped_steps must be at least 1")
     for name in ("num_samples", "seed"):
         require(getattr(config, name) >= 0, f"{name} must not be negative")
+    for name in config.trackers:
+        if name not in TRACKER_NAMES:
+            known = nearest(name, ("none", *TRACKER_NAMES))
+            raise UserError(f"report_to: {name!r} is no tracker; {known}")

@@ -19,8 +19,6 @@ they are, and `NonFiniteStep` says what was found. `skipped_steps.py` counts the
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
@@ -30,8 +28,9 @@ from torch import Tensor, nn
 
 from .config import PPOConfig
 from .errors import SelfCheckError, UserError
+from .host_memory import return_freed_memory
 
-__all__ = ["NonFiniteStep", "Updater", "gradient_norm", "return_freed_memory"]
+__all__ = ["NonFiniteStep", "Updater", "gradient_norm"]
 
 # Elements of a CPU tensor whose squares are summed in one go: float32 sums of more lose digits, and
 # torch raises all of a 16-bit tensor to float32 before it sums.
@@ -64,18 +63,6 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     pieces = gradient.reshape(-1).split(PIECE)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def return_freed_memory() -> None:
-    """Give what malloc keeps back to the system, where it is glibc's.
-
-    In full training of a 135M model it is most of a byte a parameter, both when the head's float32
-    sums are made in the forward and when they become a gradient in the backward.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 class Updater:

@@ -12,9 +12,9 @@ from .config import PPOConfig
 from .evaluation import Evaluation
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder
-from .plot import can_plot, plot_run
+from .plot import can_plot, save_plot
 
-__all__ = ["Summary", "summarize"]
+__all__ = ["RewardSummary", "Summary", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,24 @@ class Summary:
     peak_memory_mb: float  # VmHWM of the process, MiB
     phase_seconds: dict[str, float]
     memory_mb: dict[str, dict[str, float | None]]  # by phase: planned, measured (MiB)
+
+
+@dataclass(frozen=True)
+class RewardSummary:
+    """How a reward model turned out; accuracies are shares of pairs."""
+
+    accuracy: float  # on held-out pairs
+    train_accuracy: float  # on pairs of as many training rows
+    gap: float  # train_accuracy - accuracy
+    margin: float  # mean score difference of held-out pairs
+    calibration_error: float  # on held-out pairs, before the scores are normalised
+    loss: float  # on held-out pairs
+    steps: int
+    best_step: int
+    stopped: str | None  # why training ended early
+    seconds: float
+    folder: str
+    phase_seconds: dict[str, float]
 
 
 def summarize(
@@ -57,9 +75,7 @@ def summarize(
     peak_mb = timer.memory.peak_mb()
     score_before = folder.read("evaluations.jsonl")[0]["score"]
     if can_plot():
-        path = folder.path / "plot.png"
-        scores = score_before, after.score
-        plot_run(folder.read_metrics(), path, title=title, held_out=scores)
+        save_plot([folder.path], folder.path / "plot.png", title)
     else:
         say("no plot: pip install matplotlib")
     memory, told = planned_and_measured(

@@ -27,6 +27,7 @@ from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
 
 from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
+from .barren_rollouts import BarrenRollouts
 from .callbacks import Callbacks
 from .config import PPOConfig
 from .controllers import AlgorithmState
@@ -42,15 +43,17 @@ from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
 from .progress import Display
-from .rewards.functions import RewardFunction, RewardScorer, load_reward
+from .rewards.functions import RewardFunction, RewardScorer
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
+from .rollout.importance import importance_weights
 from .run_keeper import RunKeeper
 from .run_state import RunState, Stateful
 from .selfcheck import check_experience, check_first_minibatch
 from .skipped_steps import SkippedSteps
 from .step import NonFiniteStep, Updater
 from .summary import Summary, summarize
+from .trackers import make_trackers
 from .types import Experience
 
 __all__ = ["PPOTrainer"]
@@ -61,7 +64,7 @@ class PPOTrainer:
 
     Args:
         model: a name or path for `find_pretrained`, or a backbone made before.
-        reward_funcs: a reward function, or its name (see `rewards.functions`).
+        reward_funcs: a reward function, its name, or a list (see `rewards.functions`).
         args: the settings. Its `model`, `dataset` and `reward` stand in for arguments left out.
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
@@ -79,7 +82,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: str | SharedBackbone | None = None,
-        reward_funcs: str | RewardFunction | None = None,
+        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
         args: PPOConfig | None = None,
         train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
@@ -100,9 +103,10 @@ class PPOTrainer:
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
+        trackers = make_trackers(config, self.folder.path, name)
         with self.timer("load"):
             reward = reward_funcs if reward_funcs is not None else config.reward
-            self.reward = RewardScorer(load_reward(reward) if isinstance(reward, str) else reward)
+            self.reward = RewardScorer(reward, config)
             rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
             eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
             self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
@@ -120,6 +124,7 @@ class PPOTrainer:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 self.backbone = load_backbone(source, config, device)
                 self.model_config = source.config
+            self.reward.share(self.backbone, tokenizer, self.display.say)
         self.engine = make_engine(self.backbone, tokenizer, config)
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
@@ -132,7 +137,8 @@ class PPOTrainer:
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
         given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
-        self.callbacks = Callbacks(callbacks, config, **given)
+        self.barren = BarrenRollouts(config, self.display.say)
+        self.callbacks = Callbacks([*trackers, *callbacks], config, **given)
         known = identity(self.backbone, (self.train_prompts, self.held_out))
         self.run = self.changing()
         self.keeper = RunKeeper(
@@ -147,9 +153,8 @@ class PPOTrainer:
         generators = {"sampling": self.generator, "order": self.shuffler}
         run = RunState(self.backbone, self.optimizer, self.schedule, generators)
         run.others |= {"algorithm": self.state, "microbatches": self.budget}
-        for name, one in {"engine": self.engine, "reward": self.reward.function}.items():
-            if isinstance(one, Stateful) and not isinstance(one, torch.nn.Module):
-                run.others[name] = one
+        others = {"engine": self.engine, "reward": self.reward}
+        run.others |= {name: one for name, one in others.items() if isinstance(one, Stateful)}
         return run
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary:
@@ -189,8 +194,10 @@ class PPOTrainer:
     def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
         """Evaluate where it is time to; whether training is to stop."""
         config, control = self.config, self.callbacks.control
-        if control.should_evaluate or (config.eval_steps and number % config.eval_steps == 0):
-            self.evaluate(f"after step {number}", step=number)
+        every = config.eval_steps
+        # The last step is evaluated when training has ended.
+        if control.should_evaluate or (every and number % every == 0 and number < config.steps):
+            self.evaluate(f"after step {number}", step=number, brief=True)
         if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
             self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
             return True
@@ -201,6 +208,7 @@ class PPOTrainer:
         config = self.config
         with self.timer("rollout"):
             rollout, scores, sampling = self.sampler(prompts, self.generator)
+            seen = self.barren.observe(rollout, scores)
         with self.timer("score"), self.audited():
             minibatches = self.deal(len(scores))
             experience = self.budget.run(
@@ -211,16 +219,24 @@ class PPOTrainer:
             self.skipped.judged(scores)
             experience, scores = experience.judged_by(scores)
             learnt = self.algorithm.advantages(scores, experience, config, self.state)
-            experience = experience.with_advantages(learnt.advantages, learnt.returns)
+            own = config.engine == "fastrlhf"
+            experience = experience.with_advantages(
+                learnt.advantages if own else learnt.advantages * importance_weights(
+                    experience.old_logprobs, rollout.rollout_logprobs, config.importance_cap
+                ),
+                learnt.returns,
+            )  # fmt: skip
             spec = self.algorithm.spec(config, float(learnt.scale), self.state)
-            checks = check_experience(experience, rollout, untrained=number == 1, dtype=self.dtype)
+            checks = check_experience(
+                experience, rollout, untrained=number == 1, dtype=self.dtype, own_engine=own
+            )
         with self.timer("update"), self.audited():
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, scores, experience, losses, self.state.kl.coef)
-        line |= self.state.metrics(config) | sampling | checks
-        line |= self.budget.metrics() | self.skipped.metrics()
+        line |= self.state.metrics(config) | sampling | seen | checks
+        line |= self.budget.metrics() | self.skipped.metrics() | self.reward.take_metrics()
         last = losses[-1].policy.stats if losses else None
         self.state.update(line.get("objective/kl"), config.batch_size, last)
         return line | self.timer.take_step()
@@ -310,20 +326,16 @@ class PPOTrainer:
             exempt=self.backbone.parameters(),
         )
 
-    def evaluate(self, when: str, step: int) -> Evaluation:
+    def evaluate(self, when: str, step: int, brief: bool = False) -> Evaluation:
         with self.timer("evaluate"):
             result = evaluate(
                 self.engine, self.backbone, self.reward, self.held_out, self.config, self.budget
             )
         self.timer.take_step()
-        figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
-        self.folder.append("evaluations.jsonl", {"step": step} | figures)
-        self.callbacks("on_evaluate", metrics=figures)
-        self.keeper.evaluated(result.score, step)
-        for sample in zip(result.prompts, result.completions, result.scores, strict=True):
-            record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
-            self.folder.append("samples.jsonl", {"step": step} | record)
-        self.display.samples(f"Held-out prompts {when}", result, self.config.num_samples)
+        self.keeper.evaluated(result, step)
+        # Along the run a line will do: samples.jsonl has what was said.
+        count = None if brief else self.config.num_samples
+        self.display.evaluated(f"Held-out prompts {when}", result, count)
         return result
 
     def finish(self, after: Evaluation, steps: int) -> Summary:

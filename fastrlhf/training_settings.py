@@ -39,6 +39,10 @@ def check_what_trains(config: PPOConfig) -> None:
         config.use_peft or config.quantization is None,
         "only adapters train on quantised weights; set use_peft: true or quantization: null",
     )
+    require(
+        config.use_peft or config.adapter is None,
+        "an adapter to start from needs LoRA; set use_peft: true or adapter: null",
+    )
     # Only where everything trains is the reference a whole model of its own.
     second = not config.use_peft and config.train_layers == "all"
     require(

@@ -66,10 +66,15 @@ class TrunkCache:
 
     def write(self, layout: Layout, states: Tensor) -> None:
         """Keep the states of a microbatch, [b, w, D], its padding left out."""
-        index, slots = layout.token_index.flatten()[layout.own], layout.own
-        states = states.flatten(0, 1)
+        own = on_device(layout.own, states.device)
+        index = layout.token_index.flatten()[layout.own]
+        self.write_tokens(index, states.flatten(0, 1).index_select(0, own))
+
+    def write_tokens(self, index: Tensor, states: Tensor) -> None:
+        """Keep the states [n, D] of the tokens at ``index``, [n] int64 into B·L."""
         for flat, numbers, chosen in self.places(index):
-            taken = states.index_select(0, on_device(slots[chosen], states.device))
+            part = len(chosen) != len(index)
+            taken = states.index_select(0, on_device(chosen, states.device)) if part else states
             flat.index_copy_(0, numbers.to(flat.device), taken.to(flat.device))
 
     def take(self, layout: Layout) -> Tensor:

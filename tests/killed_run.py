@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
         assert select.select([ready], [], [], 60)[0] and os.read(ready, 1), "the child is gone"
         if number % 2:
             until_writing(checkpoints)
-            time.sleep(chance.uniform(0.0, 0.15))
+            time.sleep(chance.uniform(0.0, 0.6))
         else:
             time.sleep(chance.uniform(0.0, whole / 4))
         os.kill(child, signal.SIGKILL)

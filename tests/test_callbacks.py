@@ -75,3 +75,15 @@ def test_a_class_is_made_an_object_and_a_control_that_is_returned_is_taken():
 def test_what_is_no_callback_is_refused():
     with pytest.raises(UserError, match="derive it from"):
         Callbacks([print], FAST)
+
+
+def test_along_the_run_an_evaluation_is_one_line(tmp_path, capsys):
+    train_with(tmp_path, Recorder(), eval_steps=1, num_samples=2)
+    told = capsys.readouterr().err
+    assert told.count("Held-out prompts") == 4
+    assert "Held-out prompts after step 1: score" in told and "after step 3" not in told
+    samples = [line for line in told.splitlines() if " | " in line]
+    assert len(samples) == 2 * 2
+    # Every evaluation's samples are kept.
+    kept = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept[::16]] == [0, 1, 2, 3]

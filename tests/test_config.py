@@ -8,6 +8,8 @@ import pytest
 from fastrlhf.algorithm_settings import AlgorithmSettings
 from fastrlhf.config import RECIPES, PPOConfig, describe_settings, load_config
 from fastrlhf.errors import UserError
+from fastrlhf.reward_settings import RewardSettings
+from fastrlhf.rollout_settings import RolloutSettings
 from fastrlhf.run_settings import RunSettings
 
 
@@ -71,7 +73,8 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path):
 
 
 def test_every_field_has_a_docstring():
-    source = "".join(map(inspect.getsource, (AlgorithmSettings, PPOConfig, RunSettings)))
+    kinds = (AlgorithmSettings, PPOConfig, RewardSettings, RolloutSettings, RunSettings)
+    source = "".join(map(inspect.getsource, kinds))
     for field in dataclasses.fields(PPOConfig):
         after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), field.name

@@ -65,6 +65,25 @@ def test_rows_may_be_given_directly():
         load_rows([{"text": "a"}])
 
 
+def test_a_dictionary_of_splits_is_told_apart():
+    with pytest.raises(UserError, match=r"splits \(train, test\); give one of them"):
+        load_rows({"train": [{"prompt": "a"}], "test": []})
+
+
+def test_the_rows_of_a_datasets_dataset():
+    datasets = pytest.importorskip("datasets")
+    rows = load_rows(datasets.Dataset.from_list([{"prompt": "a", "answer": 1}]))
+    assert rows == [{"prompt": "a", "answer": 1}]
+
+
+def test_what_preferences_share_is_their_prompt():
+    asked = {"role": "user", "content": "a?"}
+    row = {name: [asked, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    assert load_rows([row])[0]["prompt"] == [asked]
+    with pytest.raises(UserError, match=r"no 'prompt' \(its columns: chosen, rejected\)"):
+        load_rows([{"chosen": "ab", "rejected": "ac"}])
+
+
 def test_a_prompt_that_does_not_fit_the_context():
     with pytest.raises(UserError, match=r"prompt 2 has 60 tokens.*context of 64.*shorten"):
         tokenize([{"prompt": "a"}, {"prompt": "a" * 60}])

@@ -9,7 +9,6 @@ import pytest
 
 from fastrlhf.errors import UserError
 from fastrlhf.metrics import PhaseMemory, PhaseTimer, RunFolder
-from fastrlhf.plot import plot_run
 
 
 def test_free_folders_are_numbered(tmp_path, monkeypatch):
@@ -83,13 +82,6 @@ def test_peak_memory_is_that_of_its_process_and_in_megabytes():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert 150 < float(done.stdout) < 250, done.stderr
-
-
-def test_a_run_of_one_step_has_a_plot(tmp_path):
-    line = {"episode": 64, "objective/scores": -0.1, "objective/kl": 0.0,
-            "objective/entropy": 3.0, "policy/clipfrac": 0.0}  # fmt: skip
-    path = plot_run([line], tmp_path / "plot.png", title="one", held_out=(-0.1, 0.4))
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_library_is_asked_for_malloc_where_there_is_no_glibc(monkeypatch):

@@ -107,7 +107,7 @@ def test_kill_minus_nine_ten_times(tmp_path):
     assert sum(hit["killed"] for hit in hits) >= 8
     # Some hit a checkpoint that was being written, some after others were there.
     assert any(name.startswith(".step-") for hit in hits for name in hit["there"])
-    assert any("step-000004" in hit["there"] for hit in hits)
+    assert any(name.startswith("step-") for hit in hits for name in hit["there"])
     assert kept(tmp_path / "killed") == kept(tmp_path / "free")
     for name in ("adapter_model.safetensors", "value_head.safetensors"):
         best = [tmp_path / run / "checkpoints/best" / name for run in ("killed", "free")]

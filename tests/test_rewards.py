@@ -1,11 +1,15 @@
 """Rewards: what a function may return, and what is said when it returns something else."""
 
+import json
 import math
 
 import pytest
+import torch
 
 from fastrlhf.errors import UserError
+from fastrlhf.reward_settings import RewardSettings
 from fastrlhf.rewards.functions import RewardScorer, load_reward, sentiment
+from fastrlhf.types import Prompts
 
 
 def judge(function, count=2):
@@ -68,3 +72,137 @@ def test_reward_from_a_file(tmp_path):
         load_reward(f"{tmp_path}/none.py:length")
     with pytest.raises(UserError, match="did you mean 'sentiment'"):
         load_reward("sentimant")
+
+
+class FakeRollout:
+    """As much of a rollout as a scorer reads."""
+
+    def __init__(self, completions):
+        self.completions = completions
+        self.tokens = torch.zeros(len(completions), 1)
+        self.prompts = Prompts(
+            ["p"] * len(completions), self.tokens, self.tokens.bool(), [{}] * len(completions)
+        )
+
+    def completion_ids(self):
+        return [[1]] * len(self.completions)
+
+
+def length(completions, **_):
+    return [float(len(x)) for x in completions]
+
+
+def test_a_sum_is_scored_and_shown_by_objective():
+    scorer = RewardScorer([length, "0.5*repetition"], RewardSettings())
+    rollout = FakeRollout(["a a a", "b"])
+    assert scorer(rollout).tolist() == [5 - 0.25, 1.0]
+    assert scorer.take_metrics() == {}  # evaluations do not count
+    assert scorer.train(rollout).tolist() == [5 - 0.25, 1.0]
+    scorer.train(FakeRollout(["cccc"]))
+    assert scorer.take_metrics() == {
+        "objective/length": pytest.approx(10 / 3),
+        "objective/repetition": pytest.approx(-0.5 / 3),
+    }
+    assert scorer.take_metrics() == {}
+    assert scorer.name == "length + repetition"
+    # One objective as it is says nothing that objective/scores does not.
+    plain = RewardScorer(length)
+    plain.train(rollout)
+    assert plain.take_metrics() == {}
+
+
+def test_weights_take_the_place_of_those_in_the_sum():
+    settings = RewardSettings(reward_weights=[2.0, -1.0])
+    scorer = RewardScorer([length, lambda completions, **_: [1.0] * len(completions)], settings)
+    assert scorer(FakeRollout(["ab"])).tolist() == [3.0]
+    with pytest.raises(UserError, match="2 weights for 1 objectives"):
+        RewardScorer(length, settings)(FakeRollout(["ab"]))
+
+
+def test_a_function_may_return_several_objectives():
+    def both(completions, **_):
+        return torch.tensor([[len(x), -1.0] for x in completions])
+
+    scorer = RewardScorer(both, RewardSettings(reward_weights=[1.0, 10.0]))
+    assert scorer.train(FakeRollout(["ab", "abc"])).tolist() == [-8.0, -7.0]
+    assert scorer.take_metrics() == {"objective/both[0]": 2.5, "objective/both[1]": -1.0}
+    both.objectives = ("length", "cost")
+    scorer = RewardScorer(both)
+    scorer(FakeRollout(["ab"]))
+    assert scorer.names == ["length", "cost"]
+    both.objectives = ("length",)
+    with pytest.raises(UserError, match="names 1 objectives and returned 2"):
+        RewardScorer(both)(FakeRollout(["ab"]))
+    with pytest.raises(UserError, match="1 and 2 scores a completion"):
+        RewardScorer(lambda **_: [[1.0], [1.0, 2.0]])(FakeRollout(["a", "b"]))
+
+
+def test_an_objective_that_does_not_judge_adds_nothing():
+    def picky(completions, **_):
+        return [None if x == "skip" else 1.0 for x in completions]
+
+    def skips(completions, **_):
+        return [None for _ in completions]
+
+    scores = RewardScorer([picky, length])(FakeRollout(["skip", "ab"])).tolist()
+    assert scores == [4.0, 3.0]
+    assert math.isnan(RewardScorer([picky, skips])(FakeRollout(["skip"])).item())
+
+
+def test_scores_beyond_the_bounds():
+    with pytest.raises(UserError, match=r"returned 3 for completion 0 \('abc'\), outside .*\[0, 2"):
+        RewardScorer(length, RewardSettings(reward_bounds=[0, 2]))(FakeRollout(["abc"]))
+    length.bounds = (0.0, 1.0)
+    try:
+        with pytest.raises(UserError, match="outside of its bounds"):
+            RewardScorer(length)(FakeRollout(["abc"]))
+        # What the run says goes.
+        RewardScorer(length, RewardSettings(reward_bounds=[0, 9]))(FakeRollout(["abc"]))
+    finally:
+        del length.bounds
+
+
+def test_scaling_goes_on_where_it_was():
+    settings = RewardSettings(reward_normalization="running", reward_clip=1.5)
+    whole, first = RewardScorer(length, settings), RewardScorer(length, settings)
+    rollouts = [FakeRollout(["a" * n for n in sizes]) for sizes in ((1, 4, 9), (2, 30), (5, 6))]
+    for scorer in (whole, first):
+        scorer.train(rollouts[0])
+        scorer.train(rollouts[1])
+    second = RewardScorer(length, settings)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.train(rollouts[2]).equal(whole.train(rollouts[2]))
+    # Evaluations see the scores as they are.
+    assert whole(rollouts[0]).tolist() == [1.0, 4.0, 9.0]
+
+
+def test_two_of_one_name():
+    with pytest.raises(UserError, match="two rewards are named 'length'"):
+        RewardScorer([length, length])
+
+
+def test_reward_models_are_shared_where_they_can_be():
+    class Model:
+        __name__ = "model"
+        backbone = None
+
+        def share(self, backbone, tokenizer):
+            if backbone == "other":
+                raise UserError("another base")
+            self.backbone = backbone
+
+        def __call__(self, completions, **_):
+            raise AssertionError("not called before it has a backbone")
+
+    said = []
+    for setting, backbone, expected in (
+        ("auto", "same", "same"), ("auto", "other", None), ("own", "same", None),
+    ):  # fmt: skip
+        model = Model()
+        scorer = RewardScorer(model, RewardSettings(reward_backbone=setting))
+        scorer.probe(["p"], [{}])
+        scorer.share(backbone, None, said.append)
+        assert model.backbone == expected
+    assert said == ["the reward model has a base of its own: another base"]
+    with pytest.raises(UserError, match="another base"):
+        RewardScorer(Model(), RewardSettings(reward_backbone="shared")).share("other", None)

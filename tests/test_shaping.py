@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 
-from fastrlhf.rewards.shaping import eos_penalty, kl_reward, next_valid, place_scores
+from fastrlhf.rewards.shaping import (
+    ObjectiveShaper,
+    RunningMoments,
+    eos_penalty,
+    kl_reward,
+    log_scaled,
+    next_valid,
+    place_scores,
+    weighted_sum,
+)
 from fastrlhf_kernels import PolicyLossSpec, gae, linear_policy_loss
 
 VOCAB, LENGTH, BETA = 3, 2, 0.37
@@ -35,6 +44,47 @@ def test_k1_is_the_tokens_own_log_ratio():
 def test_eos_penalty():
     scores = eos_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.25)
     assert scores.tolist() == [1.0, 0.75]
+
+
+def test_running_moments_are_those_of_all_scores_at_once():
+    scores = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 100.0, 1e-3]) + 1e4
+    scores[::7, 1] = torch.nan
+    moments = RunningMoments(3)
+    for part in scores.split([1, 30, 0, 19]):
+        moments.update(part)
+    for k in range(3):
+        own = scores[:, k][~scores[:, k].isnan()]
+        assert moments.count[k] == len(own)
+        torch.testing.assert_close(moments.mean[k], own.mean())
+        torch.testing.assert_close(moments.std[k], own.std())
+
+
+def test_one_score_is_not_divided_by_zero():
+    shaper = ObjectiveShaper(normalization="running")
+    assert shaper(torch.tensor([[3.0], [3.0]]), [1.0]).tolist() == [0.0, 0.0]
+
+
+def test_objectives_are_scaled_by_themselves_and_then_weighted():
+    scores = torch.tensor([[100.0, 0.1], [300.0, 0.3], [200.0, 0.2]])
+    shaper = ObjectiveShaper(normalization="running")
+    # Both have the same standard scores: -1, 1, 0.
+    torch.testing.assert_close(shaper(scores, [1.0, -1.0]), torch.zeros(3), atol=1e-4, rtol=0)
+    shaper = ObjectiveShaper(normalization="running", clip=0.5)
+    found = shaper(scores, [1.0, 3.0])
+    torch.testing.assert_close(found, torch.tensor([-2.0, 2.0, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_log_scaling_keeps_signs_and_zero():
+    x = torch.tensor([-(torch.e - 1), 0.0, torch.e - 1])
+    torch.testing.assert_close(log_scaled(x), torch.tensor([-1.0, 0.0, 1.0]))
+    shaper = ObjectiveShaper(scaling="log", clip=0.5)
+    assert shaper(x[:, None], [2.0]).tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_a_weighted_sum_passes_over_what_is_not_judged():
+    nan = torch.nan
+    found = weighted_sum(torch.tensor([[1.0, 2.0], [nan, 2.0], [nan, nan]]), [1.0, 0.5])
+    assert found[:2].tolist() == [2.0, 1.0] and found[2].isnan()
 
 
 class Enumerated:

@@ -139,9 +139,9 @@ def test_in_the_backward_it_is_the_ordinary_step_bit_for_bit(way, optim, dtype):
         norms = [live.update([lambda: loss_of(model)])[1] for _ in range(3)]  # noqa: B023
         ends.append([*weights(model), *norms])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    start = weights(Net(dtype))
     named = [n for n, p in Net().named_parameters() if p.requires_grad]
-    moved = {n for n, a, b in zip(named, ends[0], start, strict=False) if not torch.equal(a, b)}
+    both = zip(named, ends[0], weights(Net(dtype)), strict=False)
+    moved = {n for n, a, b in both if not torch.equal(a, b)}
     assert moved == set(named) - {"unused"}
 
 
@@ -159,9 +159,8 @@ def test_a_step_repeats_itself(way):
 
 @in_backward_ways
 def test_one_gradient_is_there_at_a_time(way):
-    model = Net()
+    model, present, calls = Net(), [], []
     live = updater(model, way)
-    present, calls = [], []
 
     def watch(parameter):
         calls.append(parameter)

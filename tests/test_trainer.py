@@ -75,7 +75,7 @@ def test_it_learns(tmp_path, changes):
         assert line["check/first_approx_kl"] == 0.0
         assert line["check/first_clipfrac"] == 0.0
         assert line["objective/kl"] >= 0
-        assert line["check/rollout_logprob_gap"] < 1e-4
+        assert line["rollout/logprob_gap_max"] < 1e-4
     assert metrics[-1]["objective/kl"] > 0.1
 
 

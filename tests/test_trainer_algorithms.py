@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from fastrlhf import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+from fastrlhf import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 
 PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
@@ -122,3 +122,30 @@ def test_groups_in_every_layout(tmp_path, way, algorithm):
         for line in lines:
             assert line["check/first_ratio"] == 1 and line["memory/retries"] == 0
         assert sum(line["group/resampled"] for line in lines) > 0
+
+
+def test_sampled_old_logprobs_learn_as_scored_ones(tmp_path, monkeypatch):
+    """The same updates to rounding, without a forward of scoring."""
+    import fastrlhf.experience as experience
+
+    settings = dict(kind=GRPOConfig, num_generations=4)
+    _, scored, expected = train(tmp_path / "scored", **settings)
+    calls = []
+    monkeypatch.setattr(experience, "score_tokens", lambda *_: calls.append(1))
+    monkeypatch.setattr("fastrlhf.evaluation.score", experience.score)
+    _, sampled, lines = train(tmp_path / "sampled", old_logprobs="sampled", **settings)
+    assert not calls and sampled.kl is None and scored.kl is not None
+    for line, other in zip(lines, expected, strict=True):
+        assert line["objective/scores"] == other["objective/scores"]
+        assert line["loss/policy"] == pytest.approx(other["loss/policy"], abs=1e-5)
+        assert line["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert "objective/kl" not in line or line["objective/kl"] is None
+    assert sampled.score_after == pytest.approx(scored.score_after, abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(kl_coef=0.1), dict(kl_limit=1.0)])
+def test_sampled_old_logprobs_know_no_kl(changes):
+    with pytest.raises(UserError, match="set old_logprobs to scored"):
+        GRPOConfig(old_logprobs="sampled", **changes)
+    with pytest.raises(UserError, match="a critic"):
+        PPOConfig(old_logprobs="sampled", kl_coef=0.0)

@@ -1,67 +1,92 @@
-"""Reward functions: prompts and completions in, one score a completion out.
+"""Reward functions: prompts and completions in, one score a completion out, and where to get them.
 
 A reward function takes keywords `prompts`, `completions` (texts), `completion_ids` (lists of token
 ids) and the data set's other columns as lists, and returns one float per completion, or None for a
-completion that it does not judge (which then does not train). The convention is TRL's.
+completion that it does not judge (which then does not train). The convention is TRL's. Beyond it a
+function may return a list of floats per completion, one for each objective, and may be a coroutine.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..reward_settings import RewardSettings
 from ..types import Rollout
+from . import answers, texts
+from .registry import REWARDS, UNBOUNDED, Objective, RewardFunction, parse
+from .remote import RemoteReward, attempts, wait_for
+from .shaping import ObjectiveShaper, weighted_sum
 
-__all__ = ["REWARDS", "RewardFunction", "RewardScorer", "load_reward", "sentiment"]
+__all__ = [
+    "REWARDS",
+    "RewardFunction",
+    "RewardScorer",
+    "load_objectives",
+    "load_reward",
+    "sentiment",
+]
 
-RewardFunction = Callable[..., Sequence[float | None]]
-
-
-def sentiment(completions: Sequence[str], **_: object) -> list[float]:
-    """VADER's compound sentiment of each completion, from -1 to 1 (Hutto and Gilbert 2014).
-
-    The reward of Ziegler et al. 2019 in small: a rule-based judge in the place of their classifier.
-
-        >>> sentiment(completions=["a wonderful film"])
-        [0.5719]
-    """
-    analyzer = vader()
-    return [analyzer.polarity_scores(text)["compound"] for text in completions]
-
-
-@functools.cache
-def vader():
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise UserError(
-            "the reward 'sentiment' needs vaderSentiment; run: pip install vaderSentiment"
-        ) from error
-    return SentimentIntensityAnalyzer()
-
-
-REWARDS: dict[str, RewardFunction] = {"sentiment": sentiment}
+sentiment = texts.sentiment
+# Importing it has registered its rewards.
+assert answers.exact_answer.__name__ in REWARDS
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A shipped reward by name, or the function that `path/to/file.py:function` names.
+    """One reward by its name, path or address.
 
     Raises:
         UserError: no such reward, file or function, or a file that fails on import.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    path, colon, function = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise UserError(f"no reward {name!r}: give file.py:function; {nearest(name, REWARDS)}")
+    (objective,) = load_objectives(name)
+    return objective.function
+
+
+def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
+    """The objectives that ``reward`` names: see `reward_settings.RewardSettings.reward`.
+
+    Args:
+        reward: a name, a function, or a list of these.
+        timeout: seconds for each answer from an address.
+    """
+    if callable(reward):
+        return [Objective(getattr(reward, "__name__", type(reward).__name__), reward)]
+    if not isinstance(reward, str):
+        found = [x for one in reward for x in load_objectives(one, timeout)]
+        names = [x.name for x in found]
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two rewards are named {doubled[0]!r}; give one of them another name")
+        return found
+    if reward.startswith(("http://", "https://")):
+        return [Objective(reward, RemoteReward(reward, timeout))]
+    path, colon, function = reward.rpartition(":")
+    if colon and path.endswith(".py"):
+        return [Objective(function, load_from_file(path, function))]
+    if Path(reward.partition("#")[0]).is_dir() or is_hub_name(reward):
+        from .classifier import load_classifier
+
+        return [Objective(Path(reward).name, load_classifier(reward))]
+    if reward.isidentifier() and reward not in REWARDS:
+        raise UserError(f"no reward {reward!r}: give file.py:function; {nearest(reward, REWARDS)}")
+    return parse(reward)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be one of a hub, like `someone/judge#POSITIVE`."""
+    words = name.partition("#")[0].split("/")
+    return len(words) == 2 and all(word and not set(word) & set(" +*()") for word in words)
+
+
+def load_from_file(path: str, function: str) -> RewardFunction:
     if not Path(path).is_file():
         raise UserError(f"the reward's file {path} does not exist")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -79,75 +104,215 @@ def load_reward(name: str) -> RewardFunction:
 
 
 class RewardScorer:
-    """Calls a reward function on a rollout and refuses answers that cannot be trained on."""
+    """Calls reward functions on a rollout and refuses answers that cannot be trained on.
 
-    def __init__(self, function: RewardFunction):
-        self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
+    Args:
+        reward: see `load_objectives`.
+        settings: its reward_* are read.
+    """
+
+    def __init__(self, reward: Any, settings: RewardSettings | None = None):
+        self.settings = settings = RewardSettings() if settings is None else settings
+        self.objectives = load_objectives(reward, settings.reward_timeout)
+        self.name = " + ".join(x.name for x in self.objectives)
+        self.shaper = ObjectiveShaper(
+            scaling=settings.reward_scaling,
+            normalization=settings.reward_normalization,
+            clip=settings.reward_clip,
+        )
+        # Of each column: what its objective is called and its weight. Known with the first answer.
+        self.names: list[str] = []
+        self.weights: list[float] = []
+        self.sums: dict[str, list[float]] = {}
+
+    def share(self, backbone: Any, tokenizer: Any, say: Any = lambda text: None) -> None:
+        """Let reward models be roles of the policy's backbone, as reward_backbone says.
+
+        Raises:
+            UserError: they cannot be, and reward_backbone is "shared".
+        """
+        if self.settings.reward_backbone == "own":
+            return
+        for objective in self.objectives:
+            if not hasattr(objective.function, "share"):
+                continue
+            try:
+                objective.function.share(backbone, tokenizer)
+            except UserError as error:
+                if self.settings.reward_backbone == "shared":
+                    raise
+                say(f"the reward model has a base of its own: {error}")
 
     def probe(self, prompts: Sequence[str], columns: Sequence[dict]) -> None:
-        """Call the function once before any time is lost, on a made-up completion a prompt."""
-        self.judge(
-            list(prompts), [" It is what it is."] * len(prompts), [[0]] * len(prompts), columns
-        )
+        """Call the functions once before any time is lost, on a made-up completion a prompt.
+
+        Reward models are not called: they may have no backbone yet.
+        """
+        made_up = [" It is what it is."] * len(prompts)
+        for objective in self.objectives:
+            if not hasattr(objective.function, "share"):
+                self.columns(objective, list(prompts), made_up, [[0]] * len(prompts), columns)
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """Scores of a rollout, [B] float32; NaN where the function returned None."""
+        """Weighted scores of a rollout as they are, [B] float32; NaN where no function judged."""
+        return weighted_sum(self.table(rollout), self.weights)
+
+    def train(self, rollout: Rollout) -> Tensor:
+        """The same, scaled as the settings say; counts in the running moments and the metrics."""
+        table = self.table(rollout)
+        if table.shape[1] > 1 or self.shaper.changes:
+            for name, column in zip(self.names, table.T, strict=True):
+                judged = column[~column.isnan()]
+                total = self.sums.setdefault(f"objective/{name}", [0.0, 0])
+                total[0] += float(judged.sum())
+                total[1] += len(judged)
+        return self.shaper(table, self.weights)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Each objective's mean over what `train` judged since this was called last, unscaled."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON."""
+        return self.shaper.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.shaper.load_state_dict(state)
+
+    def table(self, rollout: Rollout) -> Tensor:
+        """Scores by objective, [B, K] float32; NaN where a function returned None."""
         prompts = rollout.prompts
-        scores = self.judge(
-            prompts.texts, rollout.completions, rollout.completion_ids(), prompts.columns
-        )
-        return torch.tensor(
-            [math.nan if score is None else score for score in scores],
-            dtype=torch.float32,
-            device=rollout.tokens.device,
-        )
+        given = (prompts.texts, rollout.completions, rollout.completion_ids(), prompts.columns)
+        return self.scored(*given).to(rollout.tokens.device)
 
     def judge(self, prompts, completions, completion_ids, columns) -> list[float | None]:
+        """Weighted scores of texts; None where no function judged."""
+        table = self.scored(prompts, completions, completion_ids, columns)
+        scores = weighted_sum(table.double(), self.weights).tolist()
+        return [None if math.isnan(score) else score for score in scores]
+
+    def scored(self, prompts, completions, completion_ids, columns) -> Tensor:
+        parts: list[list[list[float]]] = []
+        names: list[str] = []
+        weights: list[float] = []
+        for objective in self.objectives:
+            found = self.columns(objective, prompts, completions, completion_ids, columns)
+            own = getattr(objective.function, "objectives", None)
+            width = len(found)
+            numbered = [f"{objective.name}[{i}]" for i in range(width)]
+            if own is not None and len(own) != width:
+                raise UserError(
+                    f"the reward {objective.name!r} names {len(own)} objectives and returned "
+                    f"{width} scores a completion; make them agree"
+                )
+            names += list(own) if own else numbered if width > 1 else [objective.name]
+            weights += [objective.weight] * width
+            parts.append(found)
+        given = self.settings.reward_weights
+        if given is not None and len(given) != len(names):
+            raise UserError(
+                f"reward_weights has {len(given)} weights for {len(names)} objectives "
+                f"({', '.join(names)}); give one each"
+            )
+        self.names, self.weights = names, [float(x) for x in given or weights]
+        return torch.tensor([column for part in parts for column in part]).T.float()
+
+    def columns(self, objective, prompts, completions, completion_ids, columns):
+        """An objective's scores, a list of them for each of its columns; NaN for None."""
         keys = sorted(set().union(*columns)) if columns else []
         extra = {key: [row.get(key) for row in columns] for key in keys}
-        try:
-            scores = self.function(
+        settings = self.settings
+
+        def call():
+            answer = objective.function(
                 prompts=list(prompts),
                 completions=list(completions),
                 completion_ids=completion_ids,
                 **extra,
             )
+            if inspect.isawaitable(answer):
+                answer = wait_for(answer, settings.reward_timeout)
+            return answer
+
+        try:
+            scores = attempts(
+                call,
+                objective.name,
+                timeout=settings.reward_timeout,
+                retries=settings.reward_retries,
+            )
         except UserError:
             raise
         except Exception as error:  # whatever the user's function raises is the user's to see
             raise UserError(
-                f"the reward {self.name!r} raised {type(error).__name__}: {error}; "
+                f"the reward {objective.name!r} raised {type(error).__name__}: {error}; "
                 "it is called with keywords prompts, completions, completion_ids and the columns"
             ) from error
-        return self.checked(scores, completions)
+        bounds = settings.reward_bounds or objective.bounds
+        return checked(scores, completions, objective.name, tuple(bounds))
 
-    def checked(self, scores, completions) -> list[float | None]:
-        try:
-            scores = list(scores)
-        except TypeError as error:
-            raise UserError(
-                f"the reward {self.name!r} returned {type(scores).__name__}; "
-                "return a list with one float per completion"
-            ) from error
-        if len(scores) != len(completions):
-            raise UserError(
-                f"the reward {self.name!r} returned {len(scores)} scores for {len(completions)} "
-                "completions; return one each, in order"
-            )
-        for index, score in enumerate(scores):
-            if score is None:
-                continue
-            try:
-                scores[index] = float(score)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"the reward {self.name!r} returned {score!r} for completion {index}; "
-                    "return a float or None"
-                ) from error
-            if not math.isfinite(scores[index]):
-                raise UserError(
-                    f"the reward {self.name!r} returned {score} for completion {index} "
-                    f"({completions[index][:60]!r}); return a finite number, or None to skip it"
-                )
-        return scores
+
+def checked(
+    scores: Any, completions: Sequence[str], name: str, bounds: tuple[float, float] = UNBOUNDED
+) -> list[list[float]]:
+    """Scores by column, NaN for None, or a sentence on what is wrong with them."""
+    try:
+        scores = list(scores)
+    except TypeError as error:
+        raise UserError(
+            f"the reward {name!r} returned {type(scores).__name__}; "
+            "return a list with one float per completion"
+        ) from error
+    if len(scores) != len(completions):
+        raise UserError(
+            f"the reward {name!r} returned {len(scores)} scores for {len(completions)} "
+            "completions; return one each, in order"
+        )
+    rows = [several(row) for row in scores]
+    widths = {len(row) for row, score in zip(rows, scores, strict=True) if score is not None}
+    if len(widths) > 1:
+        raise UserError(
+            f"the reward {name!r} returned {' and '.join(map(str, sorted(widths)))} scores a "
+            "completion; return as many for each"
+        )
+    width = widths.pop() if widths else 1
+    numbers = []
+    for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        given = [None] * width if score is None else row
+        numbers.append([number(x, name, index, completions[index], bounds) for x in given])
+    return [list(column) for column in zip(*numbers, strict=True)]
+
+
+def several(score: Any) -> list[Any]:
+    if isinstance(score, Tensor):
+        score = score.tolist()
+    return list(score) if isinstance(score, list | tuple) else [score]
+
+
+def number(
+    score: Any, name: str, index: int, completion: str, bounds: tuple[float, float]
+) -> float:
+    if score is None:
+        return math.nan
+    try:
+        value = float(score)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the reward {name!r} returned {score!r} for completion {index}; return a float or None"
+        ) from error
+    if not math.isfinite(value):
+        raise UserError(
+            f"the reward {name!r} returned {value} for completion {index} "
+            f"({completion[:60]!r}); return a finite number, or None to skip it"
+        )
+    low, high = bounds
+    if not low <= value <= high:
+        raise UserError(
+            f"the reward {name!r} returned {value:g} for completion {index} "
+            f"({completion[:60]!r}), outside of its bounds [{low:g}, {high:g}]; correct it, or "
+            "widen reward_bounds"
+        )
+    return value

@@ -1,18 +1,55 @@
-"""Where rollouts come from: one interface, whoever samples."""
+"""Where rollouts come from: one interface, whoever samples.
+
+Another engine computes log-probabilities with other kernels, or in another precision, than the
+policy that trains. The gap is reported in every run, and truncated importance weights
+(importance.py) correct for it. What scoring recomputes is the old policy, whoever sampled.
+
+`transformers` is its continuous batching (`generate_batch`), on this very model, adapters on.
+`vllm` is an optional package with a copy of the weights of its own; it gets the adapter at every
+rollout, through a folder.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ..backbone import SharedBackbone
 from ..config import PPOConfig
+from ..errors import UserError
+from ..types import Prompts, Rollout
 from .decode import DecodeEngine
+from .draft import Draft
 
-__all__ = ["make_engine"]
+__all__ = ["Engine", "TransformersEngine", "VllmEngine", "make_engine"]
 
 
-def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> DecodeEngine:
-    """The engine that ``config`` asks for."""
+class Engine(Protocol):
+    """What samples."""
+
+    backbone: SharedBackbone
+
+    def generate(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
+        """One response for every prompt, drawn with ``generator``."""
+
+
+def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> Any:
+    """The engine that ``config`` asks for.
+
+    Raises:
+        UserError: vLLM is not installed, or cannot sample from this backbone.
+    """
+    if config.engine == "transformers":
+        return TransformersEngine(backbone, tokenizer, config)
+    if config.engine == "vllm":
+        return VllmEngine(backbone, tokenizer, config)
     return DecodeEngine(
         backbone,
         tokenizer,
@@ -21,4 +58,112 @@ def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> 
         stops=config.stop_token == "eos",
         trunk_cache=config.trunk_cache,
         trunk_cache_mb=config.trunk_cache_mb,
+        slots=config.rollout_slots,
     )
+
+
+class OtherEngine:
+    """What engines that are not ours have in common: prompts without padding in, a Rollout out."""
+
+    def __init__(self, backbone: SharedBackbone, tokenizer: Any, config: PPOConfig):
+        self.backbone, self.tokenizer, self.config = backbone, tokenizer, config
+        self.stop = tokenizer.eos_token_id if config.stop_token == "eos" else None
+
+    def generate(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
+        """One response for every prompt, drawn with a seed that ``generator`` gives."""
+        draft = Draft.of(
+            prompts, self.config.response_length, self.tokenizer.pad_token_id, generator
+        )
+        # The numbers that our own loop would draw with are the seed here.
+        seed = int(draft.uniform[0, 0] * 2**24)
+        tokens = prompts.tokens
+        texts = [row[m].tolist() for row, m in zip(tokens, prompts.attention_mask, strict=True)]
+        for row, (ids, logprobs) in enumerate(self.sample(texts, seed)):
+            steps = torch.arange(len(ids), device=tokens.device)
+            values: list[Tensor] = [torch.tensor(x, device=tokens.device) for x in (ids, logprobs)]
+            draft.add(torch.full_like(steps, row), steps, values[0], values[1].float())
+            draft.ended[row] = self.stop is not None and ids[-1] == self.stop
+        return draft.finish(self.tokenizer)
+
+    def sample(
+        self, prompts: Sequence[list[int]], seed: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Tokens of each response, its stop token included, and their log-probabilities."""
+        raise NotImplementedError
+
+
+class TransformersEngine(OtherEngine):
+    """transformers' continuous batching."""
+
+    def sample(
+        self, prompts: Sequence[list[int]], seed: int
+    ) -> list[tuple[list[int], list[float]]]:
+        model: Any = self.backbone.model
+        settings = GenerationConfig(
+            max_new_tokens=self.config.response_length, do_sample=True, top_k=0, top_p=1.0,
+            temperature=self.config.temperature, pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=-1 if self.stop is None else self.stop,
+        )  # fmt: skip
+        options = ContinuousBatchingConfig(return_logprobs=True, seed=seed)
+        with self.backbone.role("policy"):
+            found = model.generate_batch(
+                list(prompts), settings, options, progress_bar=False, warmup=False
+            )
+        if len(found) != len(prompts) or any(output.error for output in found.values()):
+            raise UserError(
+                "transformers' generate_batch lost sequences of this rollout; set engine: fastrlhf"
+            )
+        return [(output.generated_tokens, output.logprobs) for output in found.values()]
+
+
+class VllmEngine(OtherEngine):
+    """vLLM, with a copy of the base weights of its own.
+
+    Raises:
+        UserError: vLLM is missing, or the policy is not an adapter on the base weights.
+    """
+
+    def __init__(self, backbone: SharedBackbone, tokenizer: Any, config: PPOConfig):
+        super().__init__(backbone, tokenizer, config)
+        try:
+            import vllm  # type: ignore[import-not-found]
+        except ImportError:
+            raise UserError("engine vllm needs vLLM; run: pip install vllm") from None
+        if backbone.lora is None:
+            raise UserError("engine vllm samples from adapters only; set use_peft: true")
+        self.vllm = vllm
+        self.model = vllm.LLM(
+            model=config.model, enable_lora=True, max_lora_rank=max(8, config.lora_rank),
+            # Of the distribution that was drawn from, its temperature included.
+            seed=config.seed, logprobs_mode="processed_logprobs",
+        )  # fmt: skip
+        self.rollouts = 0
+
+    def sample(
+        self, prompts: Sequence[list[int]], seed: int
+    ) -> list[tuple[list[int], list[float]]]:
+        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+        self.rollouts += 1
+        settings = self.vllm.SamplingParams(
+            max_tokens=self.config.response_length, temperature=self.config.temperature,
+            top_p=1.0, top_k=-1, logprobs=0, seed=seed, detokenize=False,
+            stop_token_ids=[] if self.stop is None else [self.stop], ignore_eos=self.stop is None,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            self.backbone.adapters.save(Path(folder), self.backbone.roles["policy"])
+            # vLLM keeps adapters by number: a new one is read anew.
+            adapter = LoRARequest("policy", self.rollouts, folder)
+            given = [{"prompt_token_ids": ids} for ids in prompts]
+            found = self.model.generate(given, settings, lora_request=adapter, use_tqdm=False)
+        answers = [output.outputs[0] for output in found]
+        return [
+            (
+                list(answer.token_ids),
+                [
+                    step[i].logprob
+                    for i, step in zip(answer.token_ids, answer.logprobs, strict=True)
+                ],
+            )
+            for answer in answers
+        ]

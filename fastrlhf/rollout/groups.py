@@ -99,7 +99,9 @@ class GroupSampler:
         prompts = repeated.batch(self.engine.backbone.device)
         generate = partial(self.engine.generate, prompts, generator)
         rollout = sampled(generate, len(repeated), "lower batch_size")
-        scores = eos_penalty(self.reward(rollout), rollout.ended, self.config.missing_eos_penalty)
+        scores = eos_penalty(
+            self.reward.train(rollout), rollout.ended, self.config.missing_eos_penalty
+        )
         lengths = rollout.response_mask.sum(1)
         limit, share = self.config.response_length, self.config.overlong_share
         return rollout, overlong_penalty(scores, lengths, limit, share)

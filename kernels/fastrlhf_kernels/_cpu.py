@@ -93,6 +93,34 @@ def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -
     )  # fmt: skip
 
 
+def multiplies_few_rows(left: Tensor, right: Tensor) -> bool:
+    """Whether `few_rows_product` takes these operands on this machine."""
+    if _csrc is None or not (left.dtype == right.dtype == torch.float32):
+        return False
+    on_cpu = left.device.type == right.device.type == "cpu"
+    fits = 0 < left.shape[0] <= _csrc.MOST_ROWS and right.is_contiguous() and left.shape[1] > 0
+    return on_cpu and fits and bool(_csrc.has_few_rows())
+
+
+def few_rows_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(left, right, bias)` in float32, summed in another order.
+
+    left [n, d] with n ≤ 64, right [t, d], bias [t] -> [n, t]; `right` is read where it lies.
+    """
+    (rows, depth), columns = left.shape, right.shape[0]
+    out = torch.empty(rows, columns, device="cpu")
+    lanes = -(-rows // _csrc.LANES) * _csrc.LANES
+    # torch's memory starts at multiples of 64 bytes, which the kernel's loads need.
+    packed = torch.empty(depth, lanes, device="cpu")
+    _csrc.few_rows_product(
+        _pointer(left.contiguous(), torch.float32, (rows, depth)),
+        _pointer(right, torch.float32, (columns, depth)),
+        _pointer(bias, torch.float32, (columns,)), out.data_ptr(), rows, columns, depth,
+        packed.data_ptr(), _threads(rows * columns * depth // 16),
+    )  # fmt: skip
+    return out
+
+
 def row_states(rows: int) -> Tensor:
     """Memory for what `row_statistics` knows of each row between two tiles."""
     return torch.empty(rows, _csrc.STATE_BYTES, dtype=torch.uint8, device="cpu")

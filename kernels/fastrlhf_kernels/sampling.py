@@ -26,6 +26,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`torch.multinomial((logits / τ).softmax(-1), 1)`, and the tokens' `log_softmax(logits / τ)`.
@@ -33,7 +34,8 @@ def sample(
     logits: [B, V], any float type, rows with −inf entries allowed. temperature: a number or [B].
     top_k: keep the k largest (0 keeps all). top_p: keep the smallest set of most likely tokens with
     at least this mass (1 keeps all). Either one warns, because the log-probabilities stay those of
-    the whole distribution. Returns tokens [B] int64 and logprobs [B] float32, without gradient.
+    the whole distribution. uniform: [B] float32 in [0, 1), instead of numbers drawn with generator.
+    Returns tokens [B] int64 and logprobs [B] float32, without gradient.
 
     Raises ValueError for another rank, temperature ≤ 0, top_k < 0, top_p outside (0, 1], and rows
     without a finite entry or with NaN; on a GPU: token −1 and log-probability 0 instead, without a
@@ -55,9 +57,12 @@ def sample(
             stacklevel=2,
         )
     with torch.no_grad():
-        uniform = torch.rand(
-            logits.shape[0], generator=generator, dtype=torch.float32, device=logits.device
-        )
+        if uniform is None:
+            uniform = torch.rand(
+                logits.shape[0], generator=generator, dtype=torch.float32, device=logits.device
+            )
+        elif uniform.shape != logits.shape[:1] or uniform.dtype != torch.float32:
+            raise ValueError(f"{op}: uniform is [B] float32, got {describe(uniform=uniform)}")
         row_temperatures = row_temperature(op, temperature, uniform, dtype)
         if backend == "cpu":
             readable = logits if logits.stride(-1) == 1 else logits.contiguous()

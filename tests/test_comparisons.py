@@ -1,0 +1,89 @@
+"""Comparisons: every pair once, every text once, and no text on both sides of a split."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastrlhf.comparisons import PairedTexts, RatedTexts, rows_among, with_gap
+from fastrlhf.errors import UserError
+
+
+def rated(ratings, prompts=None, gap=0.0):
+    n = len(ratings)
+    return RatedTexts(
+        [[i + 1] for i in range(n)],
+        torch.tensor(ratings, dtype=torch.float32),
+        torch.tensor(prompts or [0] * n),
+        gap,
+    )
+
+
+def pairs_of(preferences):
+    return [
+        (int(part.texts[c]), int(part.texts[r]), float(m))
+        for part in preferences
+        for c, r, m in zip(part.chosen, part.rejected, part.margin, strict=True)
+    ]
+
+
+def test_all_pairs_of_ratings(monkeypatch):
+    ratings = [0.0, 1.0, 3.0, 1.0, 2.4]
+    expected = {
+        (i, j) for i, j in itertools.permutations(range(5), 2) if ratings[i] - ratings[j] > 0.5
+    }
+    # In one piece, and in pieces that do not divide the texts.
+    for rows in (512, 2):
+        monkeypatch.setattr("fastrlhf.comparisons.ROWS", rows)
+        found = pairs_of(rated(ratings, gap=0.5).pairs())
+        assert {(i, j) for i, j, _ in found} == expected and len(found) == len(expected)
+        assert all(m == pytest.approx(ratings[i] - ratings[j]) for i, j, m in found)
+
+
+def test_batches_of_ratings_compare_what_is_in_them():
+    data = rated([float(i % 7) for i in range(40)], prompts=[i // 10 for i in range(40)])
+    batches = list(data.batches(5, torch.Generator().manual_seed(0)))
+    assert sorted(t for b in batches for t in b.texts.tolist()) == list(range(40))
+    for better, worse, margin in pairs_of(batches):
+        assert data.ratings[better] - data.ratings[worse] == margin > 0
+        assert data.prompts[better] == data.prompts[worse]
+    # Completions of a prompt are dealt together: otherwise few would meet.
+    assert len(pairs_of(batches)) > 100
+
+
+def test_batches_of_pairs_hold_each_pair_and_each_text_once():
+    data = PairedTexts(
+        [[i] for i in range(6)], torch.tensor([0, 0, 2, 4]), torch.tensor([1, 2, 3, 5]),
+        torch.tensor([0.0, 1.0, 2.0, 3.0]),
+    )  # fmt: skip
+    batches = list(data.batches(3, torch.Generator().manual_seed(1)))
+    assert len(batches) == data.num_batches(3) == 2
+    assert sorted(pairs_of(batches)) == [(0, 1, 0.0), (0, 2, 1.0), (2, 3, 2.0), (4, 5, 3.0)]
+    assert all(len(b.texts.unique()) == len(b.texts) for b in batches)
+
+
+def test_no_text_is_on_both_sides_of_a_split():
+    chain = PairedTexts([[i] for i in range(11)], torch.arange(10), torch.arange(10) + 1,
+                        torch.zeros(10))  # fmt: skip
+    train, held_out = chain.split(3, seed=0)
+    assert len(held_out) == 3
+    assert not {tuple(x) for x in train.tokens} & {tuple(x) for x in held_out.tokens}
+    everything = PairedTexts([[0], [1]], torch.tensor([0, 0]), torch.tensor([1, 1]), torch.zeros(2))
+    with pytest.raises(UserError, match="shares a text"):
+        everything.split(1, seed=0)
+    twice = RatedTexts(
+        [[i // 2] for i in range(20)], torch.arange(20.0), torch.zeros(20, dtype=torch.long)
+    )
+    train, held_out = twice.split(5, seed=0)
+    assert not {tuple(x) for x in train.tokens} & {tuple(x) for x in held_out.tokens}
+    with pytest.raises(UserError, match="no two of one prompt"):
+        rated([1.0, 1.0, 1.0, 2.0]).split(2, seed=0)
+
+
+def test_parts_are_found_in_the_whole():
+    data = rated([float(i) for i in range(9)])
+    part = data.sample(4, seed=3)
+    rows = rows_among(part, data)
+    assert [data.tokens[row] for row in rows] == part.tokens
+    assert data.ratings[rows].equal(part.ratings)
+    assert with_gap(part, 2.0).gap == 2.0

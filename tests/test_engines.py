@@ -1,0 +1,130 @@
+"""Every engine gives a rollout whose log-probabilities are compared with the policy's."""
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from fastrlhf import PPOTrainer
+from fastrlhf.backbone import SharedBackbone
+from fastrlhf.config import PPOConfig
+from fastrlhf.data import PromptSet
+from fastrlhf.errors import UserError
+from fastrlhf.rollout.engines import make_engine
+from fastrlhf.rollout.importance import importance_weights
+
+TOKENIZER = tiny.tokenizer()
+CONFIG = PPOConfig(
+    batch_size=4, total_episodes=4, response_length=6, train_layers=2, eval_prompts=2
+)
+ROWS = [{"prompt": word} for word in ("a", "the film", "no", "plot", "b", "cd", "ef", "gh")]
+
+
+@pytest.fixture()
+def backbone():
+    return SharedBackbone(tiny.model(), train_layers=2, tokenizer=TOKENIZER)
+
+
+def prompts():
+    return PromptSet.tokenize(ROWS[:4], TOKENIZER, context=64, response_length=6).batch()
+
+
+def generate(backbone, **changes):
+    engine = make_engine(backbone, TOKENIZER, replace(CONFIG, **changes))
+    return engine.generate(prompts(), torch.Generator().manual_seed(0))
+
+
+def plain_logprobs(backbone, rollout, temperature):
+    trunk = backbone.trunk(rollout.tokens, rollout.attention_mask)
+    start = rollout.prompts.tokens.shape[1]
+    with torch.no_grad():
+        hidden = backbone.hidden("policy", trunk, rollout.attention_mask)[:, start - 1 : -1]
+        logprobs = (backbone.head.logits(hidden) / temperature).log_softmax(-1)
+    return logprobs.gather(-1, rollout.responses[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("engine", ["fastrlhf", "transformers"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_engines_log_probabilities_are_the_policys(backbone, engine, temperature):
+    rollout = generate(backbone, engine=engine, temperature=temperature)
+    kept = rollout.response_mask
+    assert kept[:, 0].all()
+    expected = plain_logprobs(backbone, rollout, temperature)
+    torch.testing.assert_close(rollout.rollout_logprobs[kept], expected[kept], rtol=0, atol=1e-3)
+
+
+class FakeModel:
+    """Answers with letters 5, 6 and the stop token, all with log-probability -2."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+    def generate(self, given, settings, lora_request, use_tqdm):
+        assert (settings["max_tokens"], settings["stop_token_ids"]) == (6, [0])
+        assert self.settings["logprobs_mode"] == "processed_logprobs"
+        ids = [5, 6, 0]
+        steps = [{i: types.SimpleNamespace(logprob=-2.0)} for i in ids]
+        answer = types.SimpleNamespace(token_ids=ids, logprobs=steps)
+        assert len(given) in (2, 4) and all(g["prompt_token_ids"] for g in given)
+        return [types.SimpleNamespace(outputs=[answer]) for _ in given]
+
+
+@pytest.fixture()
+def fake_vllm(monkeypatch):
+    vllm = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = FakeModel, dict
+    request = types.ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, folder: (name, number)
+    for name, module in (("vllm", vllm), ("vllm.lora", types.ModuleType("vllm.lora")),
+                         ("vllm.lora.request", request)):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_vllm_gives_a_rollout(backbone, fake_vllm):
+    rollout = generate(backbone, engine="vllm")
+    assert rollout.completion_ids() == [[5, 6, 0]] * 4 and rollout.ended.all()
+    assert (rollout.rollout_logprobs[rollout.response_mask] == -2).all()
+
+
+def test_vllm_that_is_not_there_is_told(backbone, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="pip install vllm"):
+        make_engine(backbone, TOKENIZER, replace(CONFIG, engine="vllm"))
+
+
+def test_weights_are_truncated_ratios():
+    old, sampled = torch.tensor([[-1.0, -2.0, -1.0]]), torch.tensor([[-1.0, -1.0, -3.0]])
+    weights = importance_weights(old, sampled, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.36787944, 2.0]]))
+
+
+def test_a_run_with_another_engine_reports_its_gap_and_weighs_its_tokens(
+    backbone, fake_vllm, tmp_path, monkeypatch
+):
+    config = replace(CONFIG, engine="vllm", output_dir=str(tmp_path / "run"))
+    trainer = PPOTrainer(
+        backbone, lambda completions, **_: [float(i) for i in range(len(completions))], config,
+        ROWS,
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(trainer, "epochs", lambda experience, *_: seen.append(experience) or 1 / 0)
+    learn = trainer.algorithm.advantages
+    given = []
+
+    def advantages(*args):
+        given.append(learn(*args))
+        return given[-1]
+
+    trainer.algorithm = replace(trainer.algorithm, advantages=advantages)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(1, trainer.train_prompts.take([0, 1, 2, 3]))
+    experience = seen[0]
+    weights = (experience.old_logprobs + 2).exp().clamp_max(2.0)
+    mask = experience.response_mask
+    expected = given[0].advantages * weights
+    torch.testing.assert_close(experience.advantages[mask], expected[mask])
+    assert not torch.allclose(weights[mask], torch.ones(()))
+    assert torch.equal(experience.returns, given[0].returns)
