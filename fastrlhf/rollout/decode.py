@@ -88,8 +88,9 @@ class DecodeEngine:
     def family(self, decoder: PreTrainedModel) -> Family | None:
         """What is particular to the decoder; None where it can only run whole."""
         halves = self.backbone.halves
-        known = isinstance(halves, SplitDecoder) and FamilySteps.can_run(decoder)
-        return halves.family if known else None  # type: ignore[union-attr]
+        if isinstance(halves, SplitDecoder) and FamilySteps.can_run(decoder):
+            return halves.family
+        return None
 
     def steps(self, decoder: PreTrainedModel, family: Family, cache: SlotCache) -> FamilySteps:
         split = self.backbone.halves.split if self.keeps_trunk else 0

@@ -102,12 +102,16 @@ class FamilySteps:
 @contextmanager
 def few_row_products(decoder: nn.Module) -> Iterator[None]:
     """Within the block, float32 linear layers on a CPU multiply few rows with a kernel for them."""
-    changed: list[nn.Module] = []
+    changed: list[nn.Linear] = []
     for module in decoder.modules():
-        plain = type(module) is nn.Linear and "forward" not in vars(module)
-        if plain and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
-            module.forward = partial(multiply, module)  # type: ignore[method-assign]
-            changed.append(module)
+        # A subclass multiplies in its own way, and so does what was given another forward.
+        if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:
+            continue
+        weight = module.weight
+        if "forward" in vars(module) or weight.dtype != torch.float32 or weight.is_cuda:
+            continue
+        module.forward = partial(multiply, module)  # type: ignore[method-assign]
+        changed.append(module)
     try:
         yield
     finally:
