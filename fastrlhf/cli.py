@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_bench(arguments.checkout, rest)
         if arguments.verb == "export":
-            if rest:
-                raise UserError(f"export takes no {rest[0]!r}; see fastrlhf export --help")
-            return export(arguments)
+            return export(arguments, rest)
         if arguments.verb == "plot":
             return plot(arguments, rest)
         if arguments.verb == "report":
@@ -82,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except SystemExit as stopped:
-        # SIGTERM, after a checkpoint.
+    except SystemExit as stopped:  # SIGTERM, after a checkpoint
         return int(stopped.code or 0)
     except KeyboardInterrupt:
         kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
@@ -250,7 +247,7 @@ def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], starte
     recipe, resumed = arguments.config, arguments.resume
     if resumed:
         if recipe or arguments.auto:
-            raise UserError("--resume reads the run's own settings; leave --config and --auto out")
+            raise UserError("--resume reads the run's settings; leave --config and --auto out")
         config = resume_config(resumed, settings, CONFIGS[arguments.verb])
     else:
         config = load_config(recipe, settings, CONFIGS[arguments.verb])
@@ -293,14 +290,11 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     exports.add_argument("--output", metavar="DIR", required=True, help="a folder to be made")
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    nothing_left(rest)
     from .export import export_run
 
-    def say(text: str) -> None:
-        print(f"fastrlhf: {text}", file=sys.stderr)
-
-    made = export_run(Path(arguments.run), Path(arguments.output), arguments.checkpoint, say)
-    print(made)
+    print(export_run(Path(arguments.run), Path(arguments.output), arguments.checkpoint))
     return 0
 
 

@@ -9,7 +9,7 @@ that is said. The folder appears only when all of it is written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,7 @@ from .run_state import MANIFEST, read_whole
 __all__ = ["export_run"]
 
 
-def export_run(
-    run: Path,
-    output: Path,
-    checkpoint: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Path:
+def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
     """Write the policy of ``run`` to the new folder ``output``, with its tokenizer.
 
     Args:
@@ -54,9 +49,10 @@ def export_run(
     found = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if config.quantization:
-        say(
-            f"warning: the run trained on {config.quantization} weights; the adapter is merged "
-            "into the unquantised ones, which answer a little differently"
+        warnings.warn(
+            f"the run trained on {config.quantization} weights; the adapter is merged "
+            "into the unquantised ones, which answer a little differently",
+            stacklevel=2,
         )
     with in_place(output) as made:
         if (folder / "config.json").exists() and not (folder / OWN).exists():

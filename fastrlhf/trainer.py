@@ -136,8 +136,8 @@ class PPOTrainer:
         self.sampler = GroupSampler(
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
-        given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.barren = BarrenRollouts(config, self.display.say)
+        given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.callbacks = Callbacks([*trackers, *callbacks], config, **given)
         known = identity(self.backbone, (self.train_prompts, self.held_out))
         self.run = self.changing()
@@ -151,11 +151,9 @@ class PPOTrainer:
     def changing(self) -> RunState:
         """What changes in the run; `others` takes whatever else does."""
         generators = {"sampling": self.generator, "order": self.shuffler}
-        run = RunState(self.backbone, self.optimizer, self.schedule, generators)
-        run.others |= {"algorithm": self.state, "microbatches": self.budget}
-        others = {"engine": self.engine, "reward": self.reward}
-        run.others |= {name: one for name, one in others.items() if isinstance(one, Stateful)}
-        return run
+        others = {"algorithm": self.state, "microbatches": self.budget, "reward": self.reward}
+        others |= {"engine": self.engine} if isinstance(self.engine, Stateful) else {}
+        return RunState(self.backbone, self.optimizer, self.schedule, generators, others)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary:
         """Train for `total_episodes` and return how it ended; the run's folder keeps the rest.
@@ -166,7 +164,6 @@ class PPOTrainer:
 
         Raises:
             UserError: a folder that holds a run already, or none to go on with; a full disk.
-            SelfCheckError: an identity that holds in every correct run did not.
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         done = number = self.keeper.begin(resume_from_checkpoint)
@@ -193,8 +190,7 @@ class PPOTrainer:
 
     def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
         """Evaluate where it is time to; whether training is to stop."""
-        config, control = self.config, self.callbacks.control
-        every = config.eval_steps
+        config, control, every = self.config, self.callbacks.control, self.config.eval_steps
         # The last step is evaluated when training has ended.
         if control.should_evaluate or (every and number % every == 0 and number < config.steps):
             self.evaluate(f"after step {number}", step=number, brief=True)
@@ -296,10 +292,9 @@ class PPOTrainer:
 
     def batches(self, done: int = 0) -> Iterator[PromptSet]:
         """The batches of prompts after the first ``done``."""
-        config = self.config
-        prompts = config.batch_size // config.num_generations
-        dealt = self.train_prompts.batches(prompts, config.steps, config.seed)
-        yield from islice(dealt, done, None)
+        size, config = self.config.batch_size // self.config.num_generations, self.config
+        dealt = self.train_prompts.batches(size, config.steps, config.seed)
+        return islice(dealt, done, None)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
