@@ -281,8 +281,7 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     exports = verbs.add_parser(
         "export",
         help="write a run's policy as one plain model",
-        description="Write the trained policy, its adapter merged into the base, with its "
-        "tokenizer, as a folder that transformers loads.",
+        description="Write the policy, adapters merged, as a folder that transformers loads.",
         allow_abbrev=False,
     )
     exports.add_argument("run", metavar="RUN", help="the run's folder")
@@ -291,9 +290,9 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
 
 
 def export(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    nothing_left(rest)
     from .export import export_run
 
+    nothing_left(rest)
     print(export_run(Path(arguments.run), Path(arguments.output), arguments.checkpoint))
     return 0
 
