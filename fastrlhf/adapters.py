@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -109,14 +109,18 @@ class Adapters:
         assert self.peft is not None
         device = next(self.parameters(name)).device  # none at all, where a run is planned
         state = {key: weight.to(device) for key, weight in file.state.items()}
-        missed: Any = set_peft_model_state_dict(self.peft, state, adapter_name=name)
-        absent = [key for key in missed.missing_keys if f".{name}." in key]
-        if absent or missed.unexpected_keys:
+        if differing := self.fill(name, state):
             raise UserError(
                 f"the adapter in {file.folder} is not whole: its weights and its "
-                f"adapter_config.json differ in {[*absent, *missed.unexpected_keys][0]}; save it "
-                "again with PEFT"
+                f"adapter_config.json differ in {differing[0]}; save it again with PEFT"
             )
+
+    def fill(self, name: str, state: dict[str, Tensor]) -> list[str]:
+        """Give an adapter the weights of a file, in place; the names that only one of them has."""
+        assert self.peft is not None
+        missed: Any = set_peft_model_state_dict(self.peft, state, adapter_name=name)
+        absent = [key for key in missed.missing_keys if f".{name}." in key]
+        return [*absent, *missed.unexpected_keys]
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The weights of one adapter."""

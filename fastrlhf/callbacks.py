@@ -8,10 +8,12 @@ our config, and `state.log_history` stays empty (metrics.jsonl is that).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from .config import PPOConfig
 from .errors import UserError
@@ -53,6 +55,37 @@ class Callbacks:
         self.state.global_step = number
         self.control.should_save = self.control.should_evaluate = False
         self("on_step_begin")
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state`, and what callbacks keep: by `state_dict`, or by transformers' `state`."""
+        kept = {
+            f.name: getattr(self.state, f.name)
+            for f in fields(self.state)
+            if f.name not in ("log_history", "stateful_callbacks", "max_steps", "eval_steps")
+        }
+        own: dict[str, Any] = {}
+        for name, callback in self.named():
+            if isinstance(callback, ExportableState):
+                own[name] = callback.state()["attributes"]
+            elif hasattr(callback, "state_dict"):
+                own[name] = callback.state_dict()
+        return {"state": kept, "callbacks": own}
+
+    def load_state_dict(self, held: Mapping[str, Any]) -> None:
+        """Give the state back to the callbacks that are there again."""
+        for name, value in held["state"].items():
+            setattr(self.state, name, value)
+        for name, callback in self.named():
+            if name not in held["callbacks"]:
+                continue
+            if isinstance(callback, ExportableState):
+                for attribute, value in held["callbacks"][name].items():
+                    setattr(callback, attribute, value)
+            elif hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(held["callbacks"][name])
+
+    def named(self) -> list[tuple[str, Any]]:
+        return [(f"{type(c).__name__}-{i}", c) for i, c in enumerate(self.callbacks)]
 
     def __call__(self, event: str, **given: Any) -> None:
         """Call ``event`` on every callback; one that returns a control replaces it."""

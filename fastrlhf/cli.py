@@ -12,18 +12,17 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from .config import describe_settings, load_config
 from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
+from .kept_settings import resume_config
 from .reward_config import RewardConfig
 
 __all__ = ["main"]
@@ -50,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plot(verbs)
     add_report(verbs)
     add_bench(verbs)
+    add_export(verbs)
     verbs.add_parser("xray", help="what the kernels compile to, without a GPU", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     warnings.showwarning = show_warning
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verb == "xray":
             return show_kernels(rest)
         if arguments.verb == "bench":
+            from .bench_command import run_bench
+
             return run_bench(arguments.checkout, rest)
+        if arguments.verb == "export":
+            return export(arguments, rest)
         if arguments.verb == "plot":
             return plot(arguments, rest)
         if arguments.verb == "report":
@@ -76,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, SelfCheckError) as error:
         print(f"fastrlhf: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except SystemExit as stopped:  # SIGTERM, after a checkpoint
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
         print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
@@ -113,6 +119,9 @@ def add_trainers(verbs: argparse._SubParsersAction) -> None:
             allow_abbrev=False,
         )
         trains.add_argument("--config", metavar="RECIPE", help="sentiment, or a .yaml file")
+        trains.add_argument(
+            "--resume", metavar="RUN", help="go on with the run in this folder, or a checkpoint's"
+        )
         trains.add_argument(
             "--auto",
             action="store_true",
@@ -235,13 +244,19 @@ def nothing_left(words: Sequence[str]) -> None:
 
 
 def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], started: float) -> int:
-    recipe = arguments.config
-    config = load_config(recipe, settings, CONFIGS[arguments.verb])
+    recipe, resumed = arguments.config, arguments.resume
+    if resumed:
+        if recipe or arguments.auto:
+            raise UserError("--resume reads the run's settings; leave --config and --auto out")
+        config = resume_config(resumed, settings, CONFIGS[arguments.verb])
+    else:
+        config = load_config(recipe, settings, CONFIGS[arguments.verb])
     if (arguments.gpu or arguments.memory) and not arguments.auto:
         raise UserError("--gpu and --memory are for --auto and for `fastrlhf plan`; add --auto")
     # Imported when the settings are known to be good: torch and transformers take seconds.
     from fastrlhf_kernels import VocabTensorError
 
+    from .metrics import RunFolder
     from .trainers import TRAINERS
 
     name = Path(recipe).stem if recipe else None
@@ -250,12 +265,35 @@ def train(arguments: argparse.Namespace, settings: list[tuple[str, str]], starte
 
         config, picked = pick(config, Budget(arguments.gpu, arguments.memory))
         print(f"fastrlhf: {picked}", file=sys.stderr)
+    if not resumed:
+        RunFolder(config.output_dir, name or config.algorithm).refuse_run()
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     try:
-        summary = TRAINERS[arguments.verb](args=config, name=name, started=started).train()
+        trainer = TRAINERS[arguments.verb](args=config, name=name, started=started)
+        summary = trainer.train(resume_from_checkpoint=resumed)
     except VocabTensorError as error:
         raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
+    return 0
+
+
+def add_export(verbs: argparse._SubParsersAction) -> None:
+    exports = verbs.add_parser(
+        "export",
+        help="write a run's policy as one plain model",
+        description="Write the policy, adapters merged, as a folder that transformers loads.",
+        allow_abbrev=False,
+    )
+    exports.add_argument("run", metavar="RUN", help="the run's folder")
+    exports.add_argument("--checkpoint", metavar="NAME", help="final (default), best, step-000010")
+    exports.add_argument("--output", metavar="DIR", required=True, help="a folder to be made")
+
+
+def export(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .export import export_run
+
+    nothing_left(rest)
+    print(export_run(Path(arguments.run), Path(arguments.output), arguments.checkpoint))
     return 0
 
 
@@ -295,33 +333,6 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     bench.add_argument("--checkout", metavar="PATH", help="default: where this package lies, or .")
-
-
-def run_bench(checkout: str | None, options: Sequence[str]) -> int:
-    """`pytest bench/` of a checkout; the exit status is pytest's, 2 for a bad option."""
-    here = Path(__file__).parent.parent
-    places = [Path(checkout)] if checkout else [here, Path.cwd()]
-    roots = [place for place in places if (place / "bench" / "test_ops.py").exists()]
-    if not roots:
-        raise UserError(
-            f"no benchmarks in {' or '.join(str(place) for place in places)}: they are in the "
-            "source, not in the installed package. Get the source of fastrlhf and name its folder: "
-            "fastrlhf bench --checkout PATH"
-        )
-    if not (find_spec("pytest") and find_spec("pytest_benchmark")):
-        raise UserError(
-            "fastrlhf bench needs pytest and pytest-benchmark; "
-            "run: pip install pytest pytest-benchmark"
-        )
-    # -P keeps the current folder off Python's path, where kernels/ would pass for a package.
-    command = [sys.executable, "-P", "-m", "pytest", str(roots[0] / "bench"), "--benchmark-quiet"]
-    try:
-        status = subprocess.run([*command, *options]).returncode
-    except KeyboardInterrupt:
-        print("fastrlhf: interrupted; the rows so far are kept", file=sys.stderr)
-        return 130
-    bad_option = 4  # pytest's ExitCode.USAGE_ERROR
-    return 2 if status == bad_option else status
 
 
 def show_kernels(words: Sequence[str]) -> int:

@@ -236,11 +236,16 @@ def load_config(
     """
     settings = read_recipe(recipe) if recipe else {}
     for key, text in overrides:
-        try:
-            settings[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
+        settings[key] = read_value(key, text)
     return from_mapping(settings, kind)
+
+
+def read_value(key: str, text: str) -> Any:
+    """A setting given as text, read as YAML."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
 
 
 def from_mapping(settings: Mapping[str, Any], kind: type[Any] = PPOConfig) -> Any:

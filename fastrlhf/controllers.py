@@ -92,15 +92,16 @@ class AlgorithmState:
             MovingAverage(config.baseline_decay),
         )
 
-    def update(self, kl: float | None, episodes: int, last: LossStats) -> None:
+    def update(self, kl: float | None, episodes: int, last: LossStats | None) -> None:
         """Learn how a rollout of ``episodes`` went.
 
         kl: to the reference, nats a sequence; None without one. last: of the rollout's last
-        optimizer step.
+        optimizer step; None if every one was skipped.
         """
         if kl is not None:
             self.kl.update(kl, episodes)
-        self.old_kl.update(float(last.approx_kl))
+        if last is not None:
+            self.old_kl.update(float(last.approx_kl))
 
     def metrics(self, config: PPOConfig) -> dict[str, float]:
         """The coefficients that this rollout was trained with."""

@@ -19,6 +19,7 @@ from .advantages import explained_variance
 from .errors import UserError
 from .host_memory import return_freed_memory
 from .losses import MicrobatchLoss
+from .pretrained import write_through
 from .types import Experience, Rollout
 
 __all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
@@ -32,28 +33,41 @@ class RunFolder:
     Holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and plots.
 
     Args:
-        path: a folder that holds no run yet, or None for the first free `runs/<name>`, numbered.
+        path: the folder, or None for the first free `runs/<name>`, numbered.
 
     Nothing is made before `make`.
 
     Raises:
-        UserError: ``path`` already holds a run, or cannot be written.
+        UserError: ``path`` cannot be written.
     """
 
     def __init__(self, path: str | None, name: str):
         self.numbered = path is None
         self.path = free_folder(Path("runs"), name) if path is None else Path(path)
-        metrics = self.path / METRICS
-        if metrics.exists() and metrics.stat().st_size:
-            raise UserError(
-                f"{self.path} already holds a run; give another output_dir or remove it"
-            )
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             raise self.unwritable("not a folder that you may write to")
 
+    @property
+    def holds_run(self) -> bool:
+        metrics = self.path / METRICS
+        return metrics.exists() and metrics.stat().st_size > 0
+
+    def refuse_run(self) -> None:
+        """Raise UserError if a run is there already."""
+        if self.holds_run:
+            raise UserError(
+                f"{self.path} already holds a run; give another output_dir, remove it, or go on "
+                f"with it (--resume {self.path})"
+            )
+
     def make(self) -> None:
-        """Make the folder."""
+        """Make the folder.
+
+        Raises:
+            UserError: it already holds a run, or cannot be written.
+        """
+        self.refuse_run()
         try:
             # A numbered folder must be new: another run may have taken it since.
             self.path.mkdir(parents=True, exist_ok=not self.numbered)
@@ -67,7 +81,37 @@ class RunFolder:
         )
 
     def write_text(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, encoding="utf-8")
+        """Write the file ``name``; a crash leaves the old one or the new one."""
+        made = self.path / f".{name}.new"
+        made.write_text(text, encoding="utf-8")
+        made.replace(self.path / name)
+
+    def positions(self) -> dict[str, int]:
+        """How long each file of lines is, once it is on the disk."""
+        files = sorted(self.path.glob("*.jsonl"))
+        for path in files:
+            write_through(path)
+        return {path.name: path.stat().st_size for path in files}
+
+    def check_positions(self, positions: Mapping[str, int], checkpoint: Path) -> None:
+        """Raise UserError where a file has lost lines since ``checkpoint``."""
+        for name, size in positions.items():
+            path = self.path / name
+            if not path.exists() or path.stat().st_size < size:
+                raise UserError(
+                    f"{path} is shorter than it was at checkpoint {checkpoint}; put it back as it "
+                    "was, or start a new run"
+                )
+
+    def cut(self, positions: Mapping[str, int]) -> None:
+        """Bring the files of lines back to these lengths, and remove what a run's end writes."""
+        for path in self.path.glob("*.jsonl"):
+            if path.name in positions:
+                os.truncate(path, positions[path.name])
+            else:
+                path.unlink()
+        for name in ("summary.json", "plot.png"):
+            (self.path / name).unlink(missing_ok=True)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line of JSON to the file ``name``; a crash later leaves it whole."""
@@ -79,7 +123,35 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The metrics of every step so far."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        return self.read(METRICS)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The lines of the file ``name``."""
+        text = (self.path / name).read_text(encoding="utf-8")
+        # Not splitlines, which also splits at separators that stand within a JSON text.
+        return [json.loads(line) for line in text.split("\n") if line]
+
+
+def mean(values: Iterable[Tensor | None]) -> float:
+    return float(torch.stack([value for value in values if value is not None]).mean())
+
+
+def update_metrics(losses: Sequence[MicrobatchLoss]) -> dict[str, float]:
+    """What the optimizer steps on a rollout did."""
+    policy = [loss.policy.stats for loss in losses]
+    return {
+        "policy/approx_kl": mean(stats.approx_kl for stats in policy),
+        "policy/clipfrac": mean(stats.clipfrac for stats in policy),
+        "policy/entropy": mean(stats.entropy for stats in policy),
+        "policy/ratio": mean(stats.ratio for stats in policy),
+        "loss/policy": mean(loss.policy.loss for loss in losses),
+        # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
+        # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
+        "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
+        "check/first_approx_kl": float(policy[0].approx_kl),
+        "check/first_clipfrac": float(policy[0].clipfrac),
+        "grad_norm": mean(loss.grad_norm for loss in losses),
+    }
 
 
 def free_folder(parent: Path, name: str) -> Path:
@@ -116,6 +188,14 @@ class PhaseTimer:
             self.total[phase] += seconds
             self.step[phase] += seconds
 
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.total)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Add the seconds of the process before."""
+        for phase, seconds in state.items():
+            self.total[phase] += seconds
+
     def take_step(self) -> dict[str, float]:
         """This step's seconds by phase, as metrics; the next step starts at zero."""
         taken = {f"time/{phase}": seconds for phase, seconds in self.step.items()}
@@ -136,32 +216,17 @@ def step_metrics(
 
     Args:
         scores: [B], counted where the sequence trains.
-        losses: one for every optimizer step on this rollout.
+        losses: one for every optimizer step on this rollout; none if all were skipped.
     """
     mask = experience.response_mask
     judged = mask.any(-1)
     score = float(scores[judged].mean())
 
-    def mean(values: Iterable[Tensor | None]) -> float:
-        return float(torch.stack([value for value in values if value is not None]).mean())
-
-    policy = [loss.policy.stats for loss in losses]
     line = {
         "objective/scores": score,
         "objective/entropy": float(experience.entropy[mask].mean()),
-        "policy/approx_kl": mean(stats.approx_kl for stats in policy),
-        "policy/clipfrac": mean(stats.clipfrac for stats in policy),
-        "policy/entropy": mean(stats.entropy for stats in policy),
-        "policy/ratio": mean(stats.ratio for stats in policy),
-        "loss/policy": mean(loss.policy.loss for loss in losses),
-        # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
-        # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
-        "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
-        "check/first_approx_kl": float(policy[0].approx_kl),
-        "check/first_clipfrac": float(policy[0].clipfrac),
         "val/num_eos_tokens": int(rollout.ended.sum()),
-        "grad_norm": mean(loss.grad_norm for loss in losses),
-    }
+    } | (update_metrics(losses) if losses else {})
     # What was not measured has no figure: without a reference the KL is not known to be 0.
     if experience.kl is not None:
         kl = float((experience.kl * mask).sum(-1)[judged].mean())

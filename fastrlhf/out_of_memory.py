@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -50,6 +50,16 @@ class MicrobatchBudget:
     def metrics(self) -> dict[str, int]:
         """The budget as it is, and how often it was halved in this run."""
         return {"memory/microbatch_tokens": self.tokens, "memory/retries": self.retries}
+
+    def state_dict(self) -> dict[str, int]:
+        begun = self.config.microbatch_tokens
+        return {"tokens": self.tokens, "retries": self.retries, "begun_with": begun}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with what was halved; a setting that was changed since begins anew."""
+        self.retries = state["retries"]
+        if state["begun_with"] == self.config.microbatch_tokens:
+            self.tokens = state["tokens"]
 
     def run(
         self,

@@ -42,6 +42,8 @@ __all__ = [
     "context_length",
     "find_pretrained",
     "replace_folder",
+    "sha256",
+    "write_through",
 ]
 
 PACKAGED = "smollm2-135m"
@@ -227,6 +229,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -234,13 +237,25 @@ def sha256(path: Path) -> str:
 def replace_folder(made: Path, folder: Path) -> None:
     """Put the finished folder ``made`` in the place of ``folder``, which never holds a part."""
     for path in made.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        write_through(path)
+    write_through(made)
     if folder.exists():
         doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
         folder.rename(doomed / folder.name)
         made.rename(folder)
+        write_through(folder.parent)
         shutil.rmtree(doomed)
     else:
         made.rename(folder)
+        write_through(folder.parent)
+
+
+def write_through(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

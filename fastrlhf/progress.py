@@ -68,6 +68,10 @@ class Display:
         """A phase begins."""
         self.progress.update(self.task, phase=name, begun=time.perf_counter())
 
+    def begin_at(self, number: int) -> None:
+        """So many steps are done already."""
+        self.progress.update(self.task, completed=number)
+
     def step(self, number: int, line: Mapping[str, Any]) -> None:
         """A step has ended with the metrics ``line``."""
         score = line["objective/scores"]
@@ -83,11 +87,13 @@ class Display:
                 if key.startswith("time/")
             )
             elapsed = time.perf_counter() - self.begun
+            # Where every optimizer step was skipped, nothing was clipped.
+            clipped = line.get("policy/clipfrac")
             figures = (
                 f"score {score:+.3f} · "
                 + ("" if kl is None else f"KL {kl:.2f} · ")
                 + f"entropy {line['objective/entropy']:.2f} · "
-                + f"clipped {line['policy/clipfrac']:.1%}"
+                + ("no step taken" if clipped is None else f"clipped {clipped:.1%}")
             )
             print(
                 f"step {number}/{self.steps} · {figures} · {times} · {elapsed:.0f}s",

@@ -31,6 +31,15 @@ class RunSettings:
     """Rollouts between evaluations on the held-out prompts. None: only before and after."""
     num_samples: int = 4
     """Samples printed at each evaluation."""
+    save_steps: int | None = 10
+    """Rollouts between checkpoints, from which the run can be resumed. None: no checkpoints."""
+    save_total_limit: int | None = 2
+    """How many checkpoints are kept, the newest ones. None: all."""
+    save_best: bool = False
+    """Keep the weights with the highest held-out score as `checkpoints/best`; needs eval_steps."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row whose loss or gradient may be NaN or infinite before the run stops;
+    each is skipped."""
     report_to: str | list = "none"
     """Where figures go beside metrics.jsonl: `none`, `tensorboard`, `wandb`, `trackio`, or a list
     of them."""
@@ -50,6 +59,16 @@ def check_run(config: PPOConfig) -> None:
     """Raise UserError for values that cannot be."""
     require(config.eval_prompts >= 1, "eval_prompts must be at least 1")
     require(config.eval_steps is None or config.eval_steps >= 1, "eval_steps must be at least 1")
+    require(config.save_steps is None or config.save_steps >= 1, "save_steps must be at least 1")
+    require(
+        config.save_total_limit is None or config.save_total_limit >= 1,
+        "save_total_limit must be at least 1, or null; set save_steps to null for no checkpoints",
+    )
+    require(
+        not config.save_best or config.eval_steps is not None,
+        "save_best compares held-out scores; set eval_steps too",
+    )
+    require(config.max_skipped_steps >= 1, "max_skipped_steps must be at least 1")
     for name in ("num_samples", "seed"):
         require(getattr(config, name) >= 0, f"{name} must not be negative")
     for name in config.trackers:

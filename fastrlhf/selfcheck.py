@@ -26,14 +26,14 @@ def check_experience(
     *,
     untrained: bool,
     dtype: torch.dtype,
-    own_engine: bool = True,
+    engine: str = "fastrlhf",
 ) -> dict[str, float]:
     """KL and entropy are not negative, KL is 0 before the first step, sampling agrees.
 
     Args:
         untrained: whether no step has been taken, so that policy and reference are one model.
         dtype: of the model's weights.
-        own_engine: whether sampling must agree; another engine's gap is only told.
+        engine: who sampled; the gap of one that is not ours is only told.
     """
     mask = experience.response_mask
     if not mask.any():
@@ -51,7 +51,7 @@ def check_experience(
         )
     gaps = (experience.old_logprobs - rollout.rollout_logprobs)[mask].abs()
     gap = gaps.max()
-    if own_engine and not gap <= ROLLOUT_SLACK.get(dtype, 1e-2):
+    if engine == "fastrlhf" and not gap <= ROLLOUT_SLACK.get(dtype, 1e-2):
         raise SelfCheckError(
             f"log-probabilities of sampling and scoring differ by {gap:.3g}: padding, positions, "
             "temperature or adapters are not the same in both"

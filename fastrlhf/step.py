@@ -12,6 +12,9 @@ once, so that only one is there at a time. Its price:
 
 In all other cases an `Updater` that raises has changed no weight and left no gradient. Norms are of
 float32 numbers, whatever the gradient's dtype.
+
+A loss or gradient that is NaN or infinite is no step: weights, optimizer state and schedule stay as
+they are, and `NonFiniteStep` says what was found. `skipped_steps.py` counts these.
 """
 
 from __future__ import annotations
@@ -27,12 +30,18 @@ from .config import PPOConfig
 from .errors import SelfCheckError, UserError
 from .host_memory import return_freed_memory
 
-__all__ = ["Updater", "gradient_norm"]
+__all__ = ["NonFiniteStep", "Updater", "gradient_norm"]
 
-NOT_FINITE = "the gradient is not finite; lower learning_rate, or train without bf16"
 # Elements of a CPU tensor whose squares are summed in one go: float32 sums of more lose digits, and
 # torch raises all of a 16-bit tensor to float32 before it sums.
 PIECE = 2**18
+
+
+class NonFiniteStep(SelfCheckError):
+    """A step was not taken, because its loss or a gradient is NaN or infinite.
+
+    Nothing has changed: the next step may be tried.
+    """
 
 
 class Part(Protocol):
@@ -63,6 +72,7 @@ class Updater:
         optimizer: steps every parameter of its groups that has a gradient.
         schedule: of its learning rate; steps once for each `update`.
         config: max_grad_norm, grad_clip and optimizer_in_backward are read.
+        names: of the parameters, to say which gradient was broken.
     """
 
     def __init__(
@@ -70,7 +80,9 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         config: PPOConfig,
+        names: Mapping[nn.Parameter, str] | None = None,
     ):
+        self.names = names or {}
         self.optimizer = optimizer
         self.schedule = schedule
         self.max_norm = config.max_grad_norm
@@ -103,7 +115,8 @@ class Updater:
 
         Raises:
             UserError: several microbatches with optimizer_in_backward.
-            SelfCheckError: a gradient that is not finite.
+            NonFiniteStep: a loss or a gradient that is not finite; nothing has changed.
+            SelfCheckError: likewise, where weights are stepped before it is known.
         """
         if self.in_backward and len(losses) != 1:
             raise UserError(
@@ -129,6 +142,7 @@ class Updater:
             parts.append(part.detached())
             # The next microbatch's graph is not made while this one's is held.
             del part
+        refuse_broken(parts)
         check(parts)
         gradients = {p: p.grad for p in self.parameters if p.grad is not None}
         norms = {p: gradient_norm(gradient) for p, gradient in gradients.items()}
@@ -146,19 +160,24 @@ class Updater:
             norms[parameter] = norm = gradient_norm(gradient)
             # A wait for the device, once a parameter: the step must not be taken if this fails.
             if not norm.isfinite():
+                broken = self.broken(parameter, norm)
+                if len(norms) == 1:
+                    raise NonFiniteStep(broken)
                 raise SelfCheckError(
-                    f"{NOT_FINITE} (optimizer_in_backward: weights that come earlier in the "
-                    "backward are stepped already)"
+                    f"{broken}, and weights that come earlier in the backward are stepped already, "
+                    "so this step cannot be skipped; set grad_clip to norm, or "
+                    "optimizer_in_backward to false"
                 )
             self.step_one(gradient, self.factor(norm))
 
         return_freed_memory()
         part = make()
+        refuse_broken([part.detached()])
         check([part.detached()])
         with self.arriving(step):
             return_freed_memory()
             part.loss.backward()
-        return [part.detached()], self.finite_total(norms)
+        return [part.detached()], self.total(norms)
 
     def step_in_second_pass(self, make, check) -> tuple[list[Any], Tensor]:
         """The first pass finds the norm of all gradients, the second steps."""
@@ -169,6 +188,7 @@ class Updater:
 
         return_freed_memory()
         part = make()
+        refuse_broken([part.detached()])
         check([part.detached()])
         with self.arriving(measure):
             return_freed_memory()
@@ -228,12 +248,29 @@ class Updater:
         """What scales a gradient of this norm, as in `torch.nn.utils.clip_grad_norm_`."""
         return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
-    def finite_total(self, norms: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    def total(self, norms: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """The norm of all gradients, from theirs; the order of arrival does not matter."""
         ordered = [norms[p] for p in self.parameters if p in norms]
         if not ordered:
             return torch.zeros(())
-        norm = torch.linalg.vector_norm(torch.stack([n.to(ordered[0].device) for n in ordered]))
+        return torch.linalg.vector_norm(torch.stack([n.to(ordered[0].device) for n in ordered]))
+
+    def finite_total(self, norms: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        norm = self.total(norms)
         if not norm.isfinite():
-            raise SelfCheckError(NOT_FINITE)
+            for p in self.parameters:
+                if p in norms and not norms[p].isfinite():
+                    raise NonFiniteStep(self.broken(p, norms[p]))
+            raise NonFiniteStep("the norm of all gradients is too large for float32")
         return norm
+
+    def broken(self, parameter: nn.Parameter, norm: Tensor) -> str:
+        name = self.names.get(parameter, f"a weight of shape {list(parameter.shape)}")
+        return f"the gradient of {name} has a norm of {float(norm)}"
+
+
+def refuse_broken(parts: Sequence[Part]) -> None:
+    """Raise NonFiniteStep for losses that are not finite; one wait for the device."""
+    total = torch.stack([part.loss.detach() for part in parts]).sum()
+    if not total.isfinite():
+        raise NonFiniteStep(f"the loss is {float(total)}")

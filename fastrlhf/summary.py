@@ -1,10 +1,20 @@
-"""How a run ended, in numbers."""
+"""How a run ended, in numbers and in a picture."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
-__all__ = ["RewardSummary", "Summary"]
+from transformers import PreTrainedConfig
+
+from .config import PPOConfig
+from .evaluation import Evaluation
+from .memory import planned_and_measured
+from .metrics import PhaseTimer, RunFolder
+from .plot import can_plot, save_plot
+
+__all__ = ["RewardSummary", "Summary", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,7 @@ class Summary:
     entropy: float  # nats a token
     distinct_2: float  # distinct word bigrams over word bigrams
     steps: int  # rollouts trained on
-    seconds: float
+    seconds: float  # of a resumed run: up to the checkpoint, and since
     peak_memory_mb: float  # VmHWM of the process, MiB
     phase_seconds: dict[str, float]
     memory_mb: dict[str, dict[str, float | None]]  # by phase: planned, measured (MiB)
@@ -39,3 +49,55 @@ class RewardSummary:
     seconds: float
     folder: str
     phase_seconds: dict[str, float]
+
+
+def summarize(
+    folder: RunFolder,
+    config: PPOConfig,
+    after: Evaluation,
+    *,
+    title: str,
+    steps: int,
+    seconds: float,
+    timer: PhaseTimer,
+    model_config: PreTrainedConfig | None,
+    prompt_length: int,
+    device: str,
+    say: Callable[[str], None],
+) -> Summary:
+    """Draw the plot and sum a run up; writes summary.json too.
+
+    Args:
+        after: the evaluation that the run ended with; the first is in the folder.
+        timer: has the seconds and the memory of each phase.
+        model_config, prompt_length, device: what the memory plan is of.
+    """
+    peak_mb = timer.memory.peak_mb()
+    score_before = folder.read("evaluations.jsonl")[0]["score"]
+    if can_plot():
+        save_plot([folder.path], folder.path / "plot.png", title)
+    else:
+        say("no plot: pip install matplotlib")
+    memory, told = planned_and_measured(
+        config,
+        model_config,
+        timer.memory.peaks,
+        prompt_length=prompt_length,
+        device=device,
+    )
+    say(told)
+    summary = Summary(
+        score_before=score_before,
+        score_after=after.score,
+        kl=after.kl,
+        entropy=after.entropy,
+        distinct_2=after.distinct_2,
+        steps=steps,
+        seconds=seconds,
+        peak_memory_mb=peak_mb,
+        phase_seconds=dict(timer.total),
+        memory_mb=memory,
+    )
+    folder.write_text("summary.json", json.dumps(asdict(summary)) + "\n")
+    say(f"\nthe run is in {folder.path}")
+    return summary

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,30 +29,31 @@ from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
 from .barren_rollouts import BarrenRollouts
 from .callbacks import Callbacks
-from .checkpoint import save_weights
 from .config import PPOConfig
 from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
+from .identity import identity
 from .loading import find_model, load_backbone, tokenized_prompts
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
-from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
-from .plot import can_plot, save_plot
 from .progress import Display
 from .rewards.functions import RewardFunction, RewardScorer
 from .rewards.monitor import HackingMonitor
 from .rollout.engines import make_engine
 from .rollout.groups import GroupSampler
-from .rollout.importance import importance_weights
+from .rollout.importance import weighed
+from .run_keeper import RunKeeper
+from .run_state import RunState, Stateful
 from .selfcheck import check_experience, check_first_minibatch
-from .step import Updater
-from .summary import Summary
+from .skipped_steps import SkippedSteps
+from .step import NonFiniteStep, Updater
+from .summary import Summary, summarize
 from .trackers import make_trackers
 from .types import Experience
 
@@ -91,14 +93,14 @@ class PPOTrainer:
         name: str | None = None,
         started: float | None = None,
     ):
-        self.started = time.perf_counter() if started is None else started
+        started = time.perf_counter() if started is None else started
         self.config = config = self.config_class() if args is None else args
         if not isinstance(config, self.config_class):
             kinds = self.config_class.__name__, type(config).__name__
             raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
         self.algorithm = ALGORITHMS[config.algorithm]
         self.state = AlgorithmState.of(config)
-        self.name = name = name or config.algorithm
+        name = name or config.algorithm
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
@@ -127,27 +129,52 @@ class PPOTrainer:
         self.engine = make_engine(self.backbone, tokenizer, config)
         self.optimizer = make_optimizer(self.backbone.trainable(), config)
         self.schedule = make_schedule(self.optimizer, config)
-        self.updater = Updater(self.optimizer, self.schedule, config)
+        names = {p: name for name, p in self.backbone.named_parameters()}
+        self.updater = Updater(self.optimizer, self.schedule, config, names)
         self.budget = MicrobatchBudget(config, self.display.say)
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.sampler = GroupSampler(
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
-        given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.barren = BarrenRollouts(config, self.display.say)
         self.monitor = HackingMonitor.of_run(config, self.folder.append, self.display.say)
+        given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.callbacks = Callbacks([*trackers, *callbacks], config, **given)
+        known = identity(self.backbone, (self.train_prompts, self.held_out))
+        self.run = self.changing()
+        self.keeper = RunKeeper(
+            self.folder, self.run, config, self.display, self.timer, self.callbacks, known, name,
+            started,
+        )  # fmt: skip
+        self.skipped = SkippedSteps(config, self.display.say, self.keeper.checkpoints.told)
+        self.run.others["skipped steps"] = self.skipped
 
-    def train(self) -> Summary:
-        """Train for `total_episodes` and return how it ended; the run's folder keeps the rest."""
-        config = self.config
-        self.folder.make()
-        self.folder.write_text("config.yaml", config.to_yaml())
-        with self.display, self.saved("final"):
+    def changing(self) -> RunState:
+        """What changes in the run; `others` takes whatever else does."""
+        generators = {"sampling": self.generator, "order": self.shuffler}
+        others: dict[str, Stateful] = {"algorithm": self.state, "microbatches": self.budget}
+        others |= {"reward": self.reward, "monitor": self.monitor}
+        others |= {"engine": self.engine} if isinstance(self.engine, Stateful) else {}
+        return RunState(self.backbone, self.optimizer, self.schedule, generators, others)
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Summary:
+        """Train for `total_episodes` and return how it ended; the run's folder keeps the rest.
+
+        Args:
+            resume_from_checkpoint: True to go on with the run in `output_dir`, from its newest
+                whole checkpoint; or the folder of a run, or of one of its checkpoints.
+
+        Raises:
+            UserError: a folder that holds a run already, or none to go on with; a full disk.
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; a checkpoint was written.
+        """
+        done = number = self.keeper.begin(resume_from_checkpoint)
+        with self.display, self.keeper:
             self.callbacks("on_train_begin")
-            before = self.evaluate("before training", step=0)
-            for number, prompts in enumerate(self.batches(), start=1):
+            if not done:
+                self.evaluate("before training", step=0)
+            for number, prompts in enumerate(self.batches(done), start=done + 1):
                 self.callbacks.step_begin(number)
                 # A rollout and its trunk cache are gone before the next is generated.
                 line = self.step(number, prompts)
@@ -155,16 +182,18 @@ class PPOTrainer:
                 self.display.step(number, line)
                 self.callbacks("on_step_end")
                 self.callbacks("on_log", logs=line)
-                if self.after_step(number, line):
+                ended = self.after_step(number, line)
+                self.keeper.step_done(number)
+                if ended:
                     break
             after = self.evaluate("after training", step=number)
             self.callbacks("on_train_end")
-        return self.finish(before, after, number)
+            self.keeper.checkpoints.save_final()
+        return self.finish(after, number)
 
     def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
         """Evaluate where it is time to; whether training is to stop."""
-        config, control = self.config, self.callbacks.control
-        every = config.eval_steps
+        config, control, every = self.config, self.callbacks.control, self.config.eval_steps
         # The last step is evaluated when training has ended.
         if control.should_evaluate or (every and number % every == 0 and number < config.steps):
             self.evaluate(f"after step {number}", step=number, brief=True)
@@ -186,27 +215,24 @@ class PPOTrainer:
                 lambda layouts: score(self.backbone, rollout, layouts, config),
                 lambda: self.updater.can_repeat,
             )
+            self.skipped.judged(scores)
             experience, known = experience.judged_by(scores)
             learnt = self.algorithm.advantages(known, experience, config, self.state)
-            own = config.engine == "fastrlhf"
-            experience = experience.with_advantages(
-                learnt.advantages if own else learnt.advantages * importance_weights(
-                    experience.old_logprobs, rollout.rollout_logprobs, config.importance_cap
-                ),
-                learnt.returns,
-            )  # fmt: skip
+            advantages = weighed(learnt.advantages, experience, rollout, config)
+            experience = experience.with_advantages(advantages, learnt.returns)
             spec = self.algorithm.spec(config, float(learnt.scale), self.state)
             checks = check_experience(
-                experience, rollout, untrained=number == 1, dtype=self.dtype, own_engine=own
+                experience, rollout, untrained=number == 1, dtype=self.dtype, engine=config.engine
             )
         with self.timer("update"), self.audited():
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, known, experience, losses, self.state.kl.coef)
-        line |= self.state.metrics(config) | sampling | seen | checks | self.budget.metrics()
-        line |= self.reward.take_metrics()
-        self.state.update(line.get("objective/kl"), config.batch_size, losses[-1].policy.stats)
+        line |= self.state.metrics(config) | sampling | seen | checks
+        line |= self.budget.metrics() | self.skipped.metrics() | self.reward.take_metrics()
+        last = losses[-1].policy.stats if losses else None
+        self.state.update(line.get("objective/kl"), config.batch_size, last)
         line |= self.monitor.observe(rollout, scores, line, self.state.kl)
         return line | self.timer.take_step()
 
@@ -232,7 +258,7 @@ class PPOTrainer:
         """One optimizer step on the sequences ``rows``; the minibatch's summed loss.
 
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
-        returned, where no sequence of the minibatch was judged.
+        returned, where no sequence of the minibatch was judged or the step is skipped.
         """
         mask = experience.response_mask[rows]
         num_items = int(mask.sum())
@@ -251,28 +277,23 @@ class PPOTrainer:
                 check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
             steps = True
 
-        parts, norm = self.budget.run(
-            partial(self.cut, experience.sequences, [rows]),
-            lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
-            lambda: self.updater.can_repeat and not steps,
-        )
+        try:
+            parts, norm = self.budget.run(
+                partial(self.cut, experience.sequences, [rows]),
+                lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
+                lambda: self.updater.can_repeat and not steps,
+            )
+        except NonFiniteStep as broken:
+            self.skipped.skip(broken)
+            return []
+        self.skipped.taken()
         return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
-    @contextmanager
-    def saved(self, name: str) -> Iterator[None]:
-        """Save the weights when the block ends, whatever ends it: no training is lost."""
-        try:
-            yield
-        except BaseException:
-            name = "interrupted"
-            raise
-        finally:
-            save_weights(self.backbone, self.folder.path / "checkpoints" / name)
-
-    def batches(self) -> Iterator[PromptSet]:
-        config = self.config
-        prompts = config.batch_size // config.num_generations
-        yield from self.train_prompts.batches(prompts, config.steps, config.seed)
+    def batches(self, done: int = 0) -> Iterator[PromptSet]:
+        """The batches of prompts after the first ``done``."""
+        size, config = self.config.batch_size // self.config.num_generations, self.config
+        dealt = self.train_prompts.batches(size, config.steps, config.seed)
+        return islice(dealt, done, None)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
@@ -305,46 +326,24 @@ class PPOTrainer:
                 self.engine, self.backbone, self.reward, self.held_out, self.config, self.budget
             )
         self.timer.take_step()
-        figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
-        self.folder.append("evaluations.jsonl", {"step": step} | figures)
-        self.callbacks("on_evaluate", metrics=figures)
-        for sample in zip(result.prompts, result.completions, result.scores, strict=True):
-            record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
-            self.folder.append("samples.jsonl", {"step": step} | record)
+        self.keeper.evaluated(result, step)
         # Along the run a line will do: samples.jsonl has what was said.
         count = None if brief else self.config.num_samples
         self.display.evaluated(f"Held-out prompts {when}", result, count)
         return result
 
-    def finish(self, before: Evaluation, after: Evaluation, steps: int) -> Summary:
+    def finish(self, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
-        if can_plot():
-            title = f"{self.name}: {self.config.model}, reward {self.reward.name}"
-            save_plot([self.folder.path], self.folder.path / "plot.png", title)
-        else:
-            self.display.say("no plot: pip install matplotlib")
-        # What the plan takes is not the run's.
-        seconds, peak_mb = time.perf_counter() - self.started, self.timer.memory.peak_mb()
-        memory, told = planned_and_measured(
+        return summarize(
+            self.folder,
             self.config,
-            self.model_config,
-            self.timer.memory.peaks,
+            after,
+            title=f"{self.keeper.name}: {self.config.model}, reward {self.reward.name}",
+            steps=steps,
+            seconds=self.keeper.seconds,
+            timer=self.timer,
+            model_config=self.model_config,
             prompt_length=self.train_prompts.longest,
             device=self.backbone.device.type,
+            say=self.display.say,
         )
-        self.display.say(told)
-        summary = Summary(
-            score_before=before.score,
-            score_after=after.score,
-            kl=after.kl,
-            entropy=after.entropy,
-            distinct_2=after.distinct_2,
-            steps=steps,
-            seconds=seconds,
-            peak_memory_mb=peak_mb,
-            phase_seconds=dict(self.timer.total),
-            memory_mb=memory,
-        )
-        self.folder.append("summary.json", asdict(summary))
-        self.display.say(f"\nthe run is in {self.folder.path}")
-        return summary

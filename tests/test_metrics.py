@@ -34,7 +34,7 @@ def test_a_folder_without_a_step_may_be_used_again(tmp_path):
     folder.make()
     folder.write_metrics({"step": 1})
     with pytest.raises(UserError, match="already holds a run"):
-        RunFolder(str(tmp_path / "run"), "demo")
+        RunFolder(str(tmp_path / "run"), "demo").make()
 
 
 def test_a_path_through_a_file_is_refused_at_once(tmp_path):

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["importance_weights"]
+from ..config import PPOConfig
+from ..types import Experience, Rollout
+
+__all__ = ["importance_weights", "weighed"]
+
+
+def weighed(
+    advantages: Tensor, experience: Experience, rollout: Rollout, config: PPOConfig
+) -> Tensor:
+    """Advantages [B, T], weighed token by token where another engine than ours has sampled."""
+    if config.engine == "fastrlhf":
+        return advantages
+    old, drawn = experience.old_logprobs, rollout.rollout_logprobs
+    return advantages * importance_weights(old, drawn, config.importance_cap)
 
 
 def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:

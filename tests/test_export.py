@@ -1,0 +1,62 @@
+"""An exported run is a plain model that answers as the policy that was trained."""
+
+import pytest
+import tiny
+import torch
+from test_resume import RUN, make
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastrlhf import UserError
+from fastrlhf.cli import main
+from fastrlhf.export import export_run
+
+TOKENS = torch.tensor([[3, 7, 9, 1, 5]])
+
+
+def policy_logits(backbone):
+    with torch.no_grad(), backbone.role("policy") as decoder:
+        return backbone.head.logits(decoder(input_ids=TOKENS).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"critic": "adapter"},
+        {"bf16": True},
+        {"use_peft": False},
+        {"use_peft": False, "train_layers": "all"},
+    ],
+    ids=["adapters", "critic", "bf16", "top", "full"],
+)
+def test_the_exported_model_answers_as_the_policy(tmp_path, changes, capsys):
+    trainer = make(tmp_path, **changes)
+    trainer.train()
+    expected = policy_logits(trainer.backbone)
+    for checkpoint in ("final", "step-000004"):
+        out = tmp_path / f"out-{checkpoint}"
+        words = ["export", str(tmp_path / "run"), "--checkpoint", checkpoint, "--output", str(out)]
+        assert main(words) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+        assert model.dtype == (torch.bfloat16 if changes.get("bf16") else torch.float32)
+        with torch.no_grad():
+            got = model(input_ids=TOKENS).logits.float()
+        slack = 0.3 if changes.get("bf16") else 1e-4
+        torch.testing.assert_close(got, expected, rtol=0, atol=slack)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert (base(input_ids=TOKENS).logits - got).abs().max() > 3 * slack
+        assert AutoTokenizer.from_pretrained(out).eos_token == "<end>"
+        assert not list(out.glob("*optim*")) and not list(out.glob("*.yaml"))
+
+
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        export_run(tmp_path, tmp_path / "out")
+    make(tmp_path, total_episodes=RUN.batch_size, save_steps=None).train()
+    with pytest.raises(UserError, match="has no best; it has: final"):
+        export_run(tmp_path / "run", tmp_path / "out", "best")
+    tiny.folder(tmp_path / "taken")
+    with pytest.raises(UserError, match="there already"):
+        export_run(tmp_path / "run", tmp_path / "taken")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,191 @@
+"""A run that was cut off anywhere goes on to the same bits as one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import TrainerCallback
+
+from fastrlhf import GRPOConfig, PPOConfig, UserError
+from fastrlhf.configs import CONFIGS
+from fastrlhf.trainers import TRAINERS
+
+PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
+RUN = PPOConfig(
+    total_episodes=64, batch_size=16, num_mini_batches=2, num_ppo_epochs=2, response_length=6,
+    learning_rate=1e-2, train_layers=2, lora_rank=8, kl_coef=0.02, microbatch_tokens=80,
+    eval_prompts=8, num_samples=0, save_steps=2,
+)  # fmt: skip
+GROUPS = GRPOConfig(
+    algorithm="dapo", total_episodes=64, batch_size=16, num_generations=4, response_length=6,
+    learning_rate=1e-2, train_layers=2, lora_rank=8, kl_coef=0.02, kl_controller="adaptive",
+    kl_target=0.5, kl_horizon=100.0, microbatch_tokens=80, eval_prompts=8, num_samples=0,
+    save_steps=2,
+)  # fmt: skip
+
+
+def letters(completions, **_):
+    return [float("e" in text) + text.count("a") / 8 for text in completions]
+
+
+class Stop(TrainerCallback):
+    """Breaks a run off, like an error would, after a step."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.after:
+            raise ZeroDivisionError
+
+
+def make(tmp_path, run=RUN, *callbacks, **changes):
+    if not (tmp_path / "model").exists():
+        tiny.folder(tmp_path / "model")
+    config = replace(
+        run, model=str(tmp_path / "model"), **{"output_dir": str(tmp_path / "run"), **changes}
+    )
+    verb = next(verb for verb, kind in CONFIGS.items() if kind is type(config))
+    return TRAINERS[verb](None, letters, config, PROMPTS, callbacks=callbacks)
+
+
+def kept(run: Path):
+    """What must be the same: weights and lines, times aside."""
+    final = run / "checkpoints/final"
+    weights = {p.relative_to(final): p.read_bytes() for p in final.rglob("*.safetensors")}
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
+    texts = [(run / name).read_text() for name in ("samples.jsonl", "evaluations.jsonl")]
+    return weights, metrics, texts
+
+
+def cut_off(tmp_path, run=RUN, after=3, **changes):
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path, run, Stop(after), **changes).train()
+
+
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [
+        (RUN, {"critic": "adapter", "eval_steps": 2}),
+        (RUN, {"use_peft": False, "train_layers": "all", "optim": "adamw_torch"}),
+        (RUN, {"use_peft": False, "optim": "adamw_bnb_8bit", "lora_rank": 64}),
+        (RUN, {"bf16": True, "use_peft": False, "train_layers": "all", "eval_prompts": 4}),
+        (RUN, {"quantization": "nf4", "algorithm": "ppo_kl"}),
+        (GROUPS, {}),
+    ],
+    ids=["adapters", "full-torch", "top-bnb", "full-bf16", "nf4-ppo_kl", "dapo"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, run, changes):
+    free = str(tmp_path / "free")
+    make(tmp_path, run, output_dir=free, **changes).train()
+    cut_off(tmp_path, run, **changes)
+    summary = make(tmp_path, run, **changes).train(resume_from_checkpoint=True)
+    assert summary.steps == 4
+    for ours, theirs in zip(kept(tmp_path / "run"), kept(Path(free)), strict=True):
+        assert ours == theirs
+    assert len(kept(Path(free))[1]) == 4
+    assert not (tmp_path / "run/checkpoints/interrupted").exists()
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_ten_times(tmp_path):
+    tiny.folder(tmp_path / "model")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    script = str(Path(__file__).parent / "killed_run.py")
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    hits = json.loads(done.stdout)
+    assert sum(hit["killed"] for hit in hits) >= 8
+    # Some hit a checkpoint that was being written, some after others were there.
+    assert any(name.startswith(".step-") for hit in hits for name in hit["there"])
+    assert any(name.startswith("step-") for hit in hits for name in hit["there"])
+    assert kept(tmp_path / "killed") == kept(tmp_path / "free")
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        best = [tmp_path / run / "checkpoints/best" / name for run in ("killed", "free")]
+        assert best[0].read_bytes() == best[1].read_bytes()
+    assert not list((tmp_path / "killed/checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys):
+    make(tmp_path, output_dir=str(tmp_path / "free")).train()
+    cut_off(tmp_path, after=4, save_steps=1)
+    newest = tmp_path / "run/checkpoints/step-000003/optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    make(tmp_path, save_steps=1).train(resume_from_checkpoint=True)
+    told = capsys.readouterr().err
+    assert "step-000003 is damaged: optimizer.safetensors" in told
+    assert "going on after step 2" in told
+    assert kept(tmp_path / "run") == kept(tmp_path / "free")
+
+
+def test_with_none_left_it_is_an_error(tmp_path):
+    cut_off(tmp_path)
+    (tmp_path / "run/checkpoints/step-000002/state.json").unlink()
+    with pytest.raises(UserError, match=r"state\.json.*no other is whole"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, r"another learning_rate \(it is 0.01, not 0.001\)"),
+        ({"total_episodes": 96}, "learning rate falls to zero at 64"),
+        ({"seed": 2, "lam": 0.5}, "another seed .*, lam .* leave them out"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, changes, message):
+    cut_off(tmp_path)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, **changes).train(resume_from_checkpoint=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_is_refused(tmp_path):
+    cut_off(tmp_path)
+    tiny.model(seed=3).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="another model: the base's weights differ"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    tiny.model(intermediate_size=48).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="another model: its configuration differs"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_constant_learning_rate_lets_a_run_grow(tmp_path):
+    constant = {"lr_scheduler_type": "constant"}
+    make(tmp_path, output_dir=str(tmp_path / "free"), total_episodes=96, **constant).train()
+    make(tmp_path, **constant).train()
+    make(tmp_path, total_episodes=96, **constant).train(resume_from_checkpoint=True)
+    assert kept(tmp_path / "run")[:2] == kept(tmp_path / "free")[:2]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(tmp_path, capsys, number, status):
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 3:
+                os.kill(os.getpid(), number)
+
+    make(tmp_path, output_dir=str(tmp_path / "free")).train()
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit if status else KeyboardInterrupt) as stopped:
+        make(tmp_path, RUN, Signal()).train()
+    if status:
+        assert stopped.value.code == status
+    assert signal.getsignal(number) == before
+    assert "go on with: fastrlhf ppo --resume" in capsys.readouterr().err
+    there = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert there == ["step-000002", "step-000003"]
+    make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "run"))
+    assert kept(tmp_path / "run") == kept(tmp_path / "free")
