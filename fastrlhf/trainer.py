@@ -35,7 +35,7 @@ from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
-from .loading import find_model, load_backbone, tokenized_prompts
+from .loading import find_model, load_backbone, tokenized_prompts, with_library_configs
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
 from .memory import planned_and_measured
 from .metrics import PhaseTimer, RunFolder, step_metrics
@@ -67,6 +67,7 @@ class PPOTrainer:
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
         processing_class: the tokenizer, if not the model's own.
+        peft_config, quantization_config: PEFT's and bitsandbytes'; see `with_library_configs`.
         callbacks: called at a training's events; see `callbacks`.
         name: of the run, for its folder and plot. None: the algorithm's.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
@@ -87,6 +88,8 @@ class PPOTrainer:
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         *,
+        peft_config: Any = None,
+        quantization_config: Any = None,
         name: str | None = None,
         started: float | None = None,
     ):
@@ -95,6 +98,7 @@ class PPOTrainer:
         if not isinstance(config, self.config_class):
             kinds = self.config_class.__name__, type(config).__name__
             raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
+        self.config = config = with_library_configs(config, model, peft_config, quantization_config)
         self.algorithm = ALGORITHMS[config.algorithm]
         self.state = AlgorithmState.of(config)
         self.name = name = name or config.algorithm
@@ -267,9 +271,8 @@ class PPOTrainer:
             save_weights(self.backbone, self.folder.path / "checkpoints" / name)
 
     def batches(self) -> Iterator[PromptSet]:
-        config = self.config
-        prompts = config.batch_size // config.num_generations
-        yield from self.train_prompts.batches(prompts, config.steps, config.seed)
+        config, groups = self.config, self.config.batch_size // self.config.num_generations
+        yield from self.train_prompts.batches(groups, config.steps, config.seed)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
