@@ -35,13 +35,13 @@ SMOLLM2_135M = dict(
 SEQUENCES, PROMPT, RESPONSE = 64, 8, 24
 
 
-def make_rollout(vocab: int, sequences: int = SEQUENCES) -> Rollout:
-    tokens = torch.randint(3, vocab, (sequences, PROMPT + RESPONSE))
+def make_rollout(vocab: int, sequences: int = SEQUENCES, response: int = RESPONSE) -> Rollout:
+    tokens = torch.randint(3, vocab, (sequences, PROMPT + response))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     prompts = Prompts(["p"] * sequences, tokens[:, :PROMPT], mask[:, :PROMPT], [{}] * sequences)
     return Rollout(
         prompts, ["c"] * sequences, tokens, mask, mask[:, PROMPT:],
-        torch.zeros(sequences, RESPONSE), torch.zeros(sequences, dtype=torch.bool),
+        torch.zeros(sequences, response), torch.zeros(sequences, dtype=torch.bool),
     )  # fmt: skip
 
 

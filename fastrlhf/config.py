@@ -34,7 +34,7 @@ from .rollout_settings import RolloutSettings, check_rollout
 from .run_settings import RunSettings, check_run
 from .training_settings import check_training
 
-__all__ = ["PPOConfig", "describe_settings", "load_config"]
+__all__ = ["PPOConfig", "checked_class", "describe_settings", "load_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -246,6 +246,14 @@ def read_value(key: str, text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{key}: {text!r} cannot be read as a value; quote it") from error
+
+
+def checked_class(config: PPOConfig | None, kind: type[PPOConfig], trainer: str) -> PPOConfig:
+    """``config``, or the defaults of ``kind``, which a trainer of the name ``trainer`` takes."""
+    config = kind() if config is None else config
+    if not isinstance(config, kind):
+        raise UserError(f"{trainer} takes a {kind.__name__}, not a {type(config).__name__}")
+    return config
 
 
 def from_mapping(settings: Mapping[str, Any], kind: type[Any] = PPOConfig) -> Any:

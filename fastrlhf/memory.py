@@ -6,7 +6,8 @@ through on the meta device (memory_simulation.py), so the plan is of the code th
     planned peak of a phase = tensors alive at once + what libraries add (`LIBRARIES`)
 
 On a GPU a budget is also charged with what is no tensor's (`needed`): the context, and the gaps in
-the allocator's blocks. Sizes are in units of 1024: a GPU sold with 16 GB has 16 · 2³⁰ bytes.
+the allocator's blocks. A card gives a process less than it is sold with (`usable`). Sizes are in
+units of 1024.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .config import PPOConfig
 from .errors import UserError
 from .memory_simulation import Simulation
 
-__all__ = ["MemoryPlan", "parse_size", "plan", "planned_and_measured", "size"]
+__all__ = ["MemoryPlan", "card", "parse_size", "plan", "planned_and_measured", "size", "usable"]
 
 MIB = 2**20
 PHASES = ("load", "evaluate", "rollout", "score", "update")
@@ -33,6 +34,9 @@ LIBRARIES = {"cpu": 64 * MIB, "cuda": 16 * MIB}
 the tokenizer, buffers of the matrix products, what malloc keeps. On a GPU: cuBLAS' workspaces."""
 GPU_CONTEXT = 512 * MIB
 """what a process with loaded kernels takes of a GPU before its first tensor"""
+GPU_RESERVED = 16
+"""one part in so many of a GPU's memory as sold that the driver and error correction keep: of 16 GB
+CUDA shows about 15 (an estimate, on the safe side for most cards)"""
 GPU_GAPS = 0.04
 """the share of a peak that lies unused between the blocks of torch's allocator"""
 
@@ -49,7 +53,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The smallest budget in which every phase fits."""
+        """What a process must be able to use for every phase to fit."""
         return max(map(self.charged, self.phases))
 
     def charged(self, phase: str) -> int:
@@ -58,7 +62,8 @@ class MemoryPlan:
         return peak if self.device == "cpu" else int(peak * (1 + GPU_GAPS)) + GPU_CONTEXT
 
     def fits(self, budget: int) -> bool:
-        return self.needed <= budget
+        """Whether every phase fits what ``budget``, a GPU's size as sold, leaves a process."""
+        return self.needed <= usable(budget, self.device)
 
     def record(self) -> dict[str, Any]:
         """The plan as data, in bytes."""
@@ -78,12 +83,28 @@ class MemoryPlan:
             prompts = f"assumed prompt length {self.prompt_length}: give --prompt-length"
         lines = [f"{self.model} on {self.device}, {prompts}", ""]
         lines += [row(name, count) for name, count in self.components.items()]
+        if self.device != "cpu":
+            share = f"each with {size(GPU_CONTEXT)} of context and {GPU_GAPS:.0%} of gaps"
+            lines += ["", f"peaks of the phases, {share}"]
+        if budget is not None and self.device != "cpu":
+            kept = size(budget - usable(budget, self.device))
+            lines.append(f"of {size(budget)}, {kept} is reserved for the driver")
         lines += ["", f"{'peak of each phase':28}{'':12}" + ("" if budget is None else "  budget")]
         for phase in self.phases:
-            over = self.charged(phase) - (budget or 0)
+            over = self.charged(phase) - usable(budget or 0, self.device)
             verdict = "  fits" if over <= 0 else f"  {size(over)} too much"
             lines.append(row(phase, self.charged(phase)) + ("" if budget is None else verdict))
         return "\n".join(lines)
+
+
+def usable(budget: int, device: str) -> int:
+    """What a process can have of ``budget`` bytes: on a GPU all but one part in 16."""
+    return budget if device == "cpu" else budget - budget // GPU_RESERVED
+
+
+def card(needed: int, device: str) -> int:
+    """The smallest budget of which ``needed`` bytes are usable."""
+    return needed if device == "cpu" else -(-needed * GPU_RESERVED // (GPU_RESERVED - 1))
 
 
 def row(name: str, count: int) -> str:

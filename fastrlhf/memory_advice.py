@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from .architectures import architecture
 from .config import PPOConfig
 from .errors import UserError
-from .memory import MemoryPlan, plan, size
+from .memory import MemoryPlan, card, plan, size
 
 __all__ = ["Change", "Fitting", "automatic", "fit"]
 
@@ -118,6 +118,8 @@ class Search:
         self.model_config = model_config or architecture(config.model)
         self.budget, self.device, self.prompt_length = budget, device, prompt_length
         self.plans: dict[PPOConfig, MemoryPlan] = {}
+        # The values that each setting was tried with, in the order in which they save more.
+        self.tried: dict[str, list[Any]] = {}
         self.original = self.config = config
         self.plan = self.planned(config)
 
@@ -157,6 +159,8 @@ class Search:
         found = self.step(setting, values[-1]) if values else None
         if found is None or found[1].needed >= self.plan.needed:
             return False
+        ladder = self.tried.setdefault(setting, [])
+        ladder += [x for x in values if x not in ladder]
         low, high = 0, len(values) - 1
         if found[1].fits(self.budget):
             while low < high:
@@ -188,11 +192,26 @@ class Search:
         return {k: value for k, value in now.items() if value != getattr(self.original, k)}
 
     def take_back(self) -> None:
-        """Undo what later changes have made unnecessary, the dearest first."""
-        for setting in reversed(self.changed()):
-            found = self.attempt(**{setting: getattr(self.original, setting)})
-            if found is not None and found[1].fits(self.budget):
-                self.config, self.plan = found
+        """Undo what later changes have made unnecessary, the dearest first, or as much of it."""
+        for setting, value in reversed(self.changed().items()):
+            if self.goes_back(setting, getattr(self.original, setting)):
+                continue
+            ladder = self.tried.get(setting, [])
+            for milder in reversed(ladder[: ladder.index(value)] if value in ladder else []):
+                if not self.goes_back(setting, milder):
+                    break
+
+    def goes_back(self, setting: str, value: Any) -> bool:
+        """Set ``setting`` to a value that saves less, if it fits."""
+        changes = {setting: value}
+        if setting == "batch_size":
+            # No more prompts than a batch has: they are planned with it.
+            changes["eval_prompts"] = min(value, self.original.eval_prompts)
+        found = self.attempt(**changes)
+        if found is None or not found[1].fits(self.budget):
+            return False
+        self.config, self.plan = found
+        return True
 
     def changes(self) -> tuple[Change, ...]:
         """The changes, each with what it saves once those before it are made."""
@@ -212,7 +231,8 @@ class Search:
         changes = " ".join(str(Change(*x, 0)) for x in self.changed().items())
         return (
             f"{size(self.budget)} is too little for {self.config.model}: give at least "
-            f"{size(round_up(self.plan.needed))}" + (f", with {changes}" if changes else "")
+            f"{size(round_up(card(self.plan.needed, self.device)))}"
+            + (f", with {changes}" if changes else "")
         )
 
 

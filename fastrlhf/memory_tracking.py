@@ -72,7 +72,7 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        answer = without_data(func, args, self.answer)
+        answer = without_data(func, args, kwargs, self.answer)
         result = func(*args, **(kwargs or {})) if answer is None else answer
         for x in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(x, Tensor):
@@ -113,9 +113,14 @@ ELEMENTWISE = frozenset({
     aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.neg.default, aten.silu.default,
     aten.silu_backward.default, aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.cos.default,
     aten.sin.default, aten.gelu.default, aten.gelu_backward.default, aten.div.Tensor,
-    aten.tanh.default,
+    aten.tanh.default, aten.clamp.default, aten.reciprocal.default, aten.mul.Scalar,
 })  # fmt: skip
-IN_PLACE = frozenset({aten.copy_.default, aten.mul_.Tensor, aten.add_.Tensor, aten.fill_.Scalar})
+IN_PLACE = frozenset({
+    aten.copy_.default, aten.mul_.Tensor, aten.add_.Tensor, aten.fill_.Scalar,
+    aten.uniform_.default, aten.zero_.default,
+})  # fmt: skip
+
+SLOW = frozenset({aten.addmm.default, aten.linalg_vector_norm.default})
 
 
 def elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
@@ -124,7 +129,7 @@ def elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
         return args[0]
     tensors = [x for x in args if isinstance(x, Tensor)]
     first = tensors[0]
-    if len(tensors) > 1:
+    if any(x.shape != first.shape or x.dtype != first.dtype for x in tensors):
         shape = torch.broadcast_shapes(*(x.shape for x in tensors))
         full = [x for x in tensors if x.shape == shape]
         if not full or any(x.dtype != first.dtype for x in tensors):
@@ -135,13 +140,30 @@ def elementwise(func: Any, args: tuple[Any, ...]) -> Tensor | None:
     return torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
 
 
-def without_data(func: Any, args: tuple[Any, ...], answer: bool) -> Any:
-    """What an operator answers that would read a meta tensor's data; None: it does not."""
+def reduced(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor | None:
+    """The result of a product with a bias, or of a norm over all of a meta tensor."""
+    given, named = args[0], kwargs or {}
+    if func is aten.addmm.default:
+        return given.new_empty(args[1].shape[0], args[2].shape[1])
+    if func is aten.linalg_vector_norm.default and len(args) < 3 and named.keys() <= {"dtype"}:
+        return given.new_empty((), dtype=named.get("dtype") or given.dtype)
+    return None
+
+
+def without_data(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, answer: bool
+) -> Any:
+    """What an operator on meta tensors answers that torch would read data for, or be slow at.
+
+    None: it does neither.
+    """
     given = args[0] if args else None
     if not isinstance(given, Tensor) or given.device.type != "meta":
         return None
     if func in ELEMENTWISE or func in IN_PLACE:
         return elementwise(func, args)
+    if func in SLOW:
+        return reduced(func, args, kwargs)
     if func is aten._local_scalar_dense.default:
         return answer if given.dtype == torch.bool else 0
     if func is aten.nonzero.default:

@@ -13,7 +13,7 @@ from .config import PPOConfig
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .host_memory import map_large_blocks
-from .memory import parse_size, plan, size
+from .memory import parse_size, plan, size, usable
 from .memory_advice import Fitting, automatic, fit
 from .pretrained import context_length, find_pretrained
 
@@ -77,8 +77,9 @@ def show_plan(
             too_little = error
     if as_json:
         changes = None if too_little else [vars(x) for x in found.changes] if found else []
+        room = None if limit is None else usable(limit, budget.device)
         after = None if found is None else found.plan.record()
-        record = made.record() | {"budget": limit, "fits": fits, "changes": changes}
+        record = made.record() | {"budget": limit, "usable": room, "fits": fits, "changes": changes}
         print(json.dumps(record | {"after_changes": after}), flush=True)
     else:
         print(made.table(limit, assumed=prompt_length is None), flush=True)
@@ -116,4 +117,5 @@ def pick(config: PPOConfig, budget: Budget) -> tuple[PPOConfig, str]:
         map_large_blocks()  # the plan is of what is alive
     words = " ".join(map(str, fitting.changes)) or "the settings as they are"
     needed = size(fitting.plan.needed)
-    return fitting.config, f"--auto picked {words}: {needed} of {size(limit)}"
+    room = size(usable(limit, budget.device))
+    return fitting.config, f"--auto picked {words}: {needed} of {room}"

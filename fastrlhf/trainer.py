@@ -29,14 +29,13 @@ from .algorithms import ALGORITHMS
 from .backbone import SharedBackbone
 from .barren_rollouts import BarrenRollouts
 from .callbacks import Callbacks
-from .config import PPOConfig
+from .config import PPOConfig, checked_class
 from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
-from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .experience import gather, score
 from .identity import identity
-from .loading import find_model, load_backbone, tokenized_prompts
+from .loading import find_model, load_backbone, tokenized_prompts, with_library_configs
 from .losses import MicrobatchLoss, microbatch_loss, policy_items
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
@@ -70,6 +69,7 @@ class PPOTrainer:
         train_dataset: a name or path for `load_rows`, or rows with a `prompt`.
         eval_dataset: held-out prompts likewise. None: `args.eval_prompts` of the training data.
         processing_class: the tokenizer, if not the model's own.
+        peft_config, quantization_config: PEFT's and bitsandbytes'; see `with_library_configs`.
         callbacks: called at a training's events; see `callbacks`.
         name: of the run, for its folder and plot. None: the algorithm's.
         started: `time.perf_counter()` at the process's start, to count its seconds from.
@@ -90,14 +90,14 @@ class PPOTrainer:
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         *,
+        peft_config: Any = None,
+        quantization_config: Any = None,
         name: str | None = None,
         started: float | None = None,
     ):
         started = time.perf_counter() if started is None else started
-        self.config = config = self.config_class() if args is None else args
-        if not isinstance(config, self.config_class):
-            kinds = self.config_class.__name__, type(config).__name__
-            raise UserError(f"{type(self).__name__} takes a {kinds[0]}, not a {kinds[1]}")
+        args = checked_class(args, self.config_class, type(self).__name__)
+        self.config = config = with_library_configs(args, model, peft_config, quantization_config)
         self.algorithm = ALGORITHMS[config.algorithm]
         self.state = AlgorithmState.of(config)
         name = name or config.algorithm

@@ -87,6 +87,43 @@ def test_a_smaller_batch_is_evaluated_on_fewer_prompts(budget, monkeypatch):
         fit(config, 300, **given)
 
 
+def test_what_a_later_change_overshoots_is_taken_back_in_part(monkeypatch):
+    """NF4 was not enough, and the halved batch leaves room for int8."""
+
+    def planned(config, *, model_config, device, prompt_length):
+        bits = {None: 16, "int8": 8, "nf4": 4}[config.quantization]
+        return MemoryPlan("tiny", "cpu", 6, {}, {"update": 100 * bits + 150 * config.batch_size})
+
+    monkeypatch.setattr(memory_advice, "plan", planned)
+    given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
+    found = fit(CONFIG, 1500, **given)
+    assert {x.setting: x.value for x in found.changes} == {"quantization": "int8", "batch_size": 4}
+    assert sum(x.saves for x in found.changes) == 1600 + 1200 - 1400
+
+
+def test_a_card_gives_a_process_less_than_it_is_sold_with(monkeypatch):
+    gib = 2**30
+
+    def planned(config, *, model_config, device, prompt_length):
+        whole = 14.5 if config.quantization is None else 9
+        peak = int((whole - 0.5) / 1.04 * gib)
+        return MemoryPlan("tiny", device, 6, {}, {"update": peak})
+
+    monkeypatch.setattr(memory_advice, "plan", planned)
+    given = {"model_config": tiny.config(), "prompt_length": PROMPT}
+    # 15 GiB of 16, 13.1 of 14.
+    assert not fit(CONFIG, 16 * gib, device="cuda", **given).changes
+    (change,) = fit(CONFIG, 14 * gib, device="cuda", **given).changes
+    assert str(change) == "quantization=int8"
+    table = planned(CONFIG, model_config=None, device="cuda", prompt_length=6).table(14 * gib)
+    assert "of 14.00 GB, 896 MB is reserved for the driver" in table
+    assert "512 MB of context and 4% of gaps" in table and "too much" in table
+    # What is said to be enough is enough.
+    with pytest.raises(UserError, match=r"give at least 9\.6\d GB"):
+        fit(CONFIG, 9 * gib, device="cuda", **given)
+    assert fit(CONFIG, int(9.62 * gib), device="cuda", **given).plan.needed <= 9 * gib
+
+
 def test_a_budget_below_the_minimum_is_refused_with_one_that_would_do(monkeypatch):
     fake_plans(monkeypatch)
     given = {"model_config": tiny.config(), "device": "cpu", "prompt_length": PROMPT}
