@@ -30,6 +30,9 @@ from .draft import Draft
 
 __all__ = ["Engine", "TransformersEngine", "VllmEngine", "make_engine"]
 
+MOST_TOKENS = 8192
+"""tokens of a forward of transformers' engine, which is its own default"""
+
 
 class Engine(Protocol):
     """What samples."""
@@ -104,8 +107,13 @@ class TransformersEngine(OtherEngine):
             temperature=self.config.temperature, pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=-1 if self.stop is None else self.stop,
         )  # fmt: skip
-        options = ContinuousBatchingConfig(return_logprobs=True, seed=seed)
-        with self.backbone.role("policy"):
+        options = ContinuousBatchingConfig(
+            return_logprobs=True, seed=seed, **self.room([len(ids) for ids in prompts])
+        )
+        devices = [self.backbone.device] if self.backbone.device.type == "cuda" else []
+        # It seeds torch's own generator, which belongs to whoever runs the trainer.
+        with self.backbone.role("policy"), torch.random.fork_rng(devices):
+            # In the order of the prompts, whichever ends first.
             found = model.generate_batch(
                 list(prompts), settings, options, progress_bar=False, warmup=False
             )
@@ -114,6 +122,15 @@ class TransformersEngine(OtherEngine):
                 "transformers' generate_batch lost sequences of this rollout; set engine: fastrlhf"
             )
         return [(output.generated_tokens, output.logprobs) for output in found.values()]
+
+    def room(self, lengths: list[int]) -> dict[str, int]:
+        """Keys and values of this rollout, and no more; ``lengths`` of the prompts.
+
+        Left to itself it takes more than half of the free memory, and on a CPU fills it with zeros.
+        """
+        most = (n + self.config.response_length for n in lengths)
+        blocks = sum(-(-n // ContinuousBatchingConfig.page_size) for n in most)
+        return {"num_blocks": blocks, "max_batch_tokens": min(MOST_TOKENS, sum(lengths))}
 
 
 class VllmEngine(OtherEngine):
