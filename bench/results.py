@@ -235,6 +235,8 @@ def reward_model_table() -> str:
 
 
 REWARD_TABLES = {"reward_model": reward_model_table}
+
+
 def beside_trl() -> str:
     import peers_table  # which imports this module
 

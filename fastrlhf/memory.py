@@ -46,6 +46,7 @@ class MemoryPlan:
     prompt_length: int  # tokens of the longest prompt
     components: Mapping[str, int]  # the largest that each gets
     phases: Mapping[str, int]  # peak of each phase, as it is measured
+    engine: str = "fastrlhf"  # who samples
 
     @property
     def needed(self) -> int:
@@ -76,7 +77,7 @@ class MemoryPlan:
         prompts = f"prompts of up to {self.prompt_length} tokens"
         if assumed:
             prompts = f"assumed prompt length {self.prompt_length}: give --prompt-length"
-        lines = [f"{self.model} on {self.device}, {prompts}", ""]
+        lines = [f"{self.model} on {self.device}, {prompts}", *self.notes(), ""]
         lines += [row(name, count) for name, count in self.components.items()]
         lines += ["", f"{'peak of each phase':28}{'':12}" + ("" if budget is None else "  budget")]
         for phase in self.phases:
@@ -84,6 +85,20 @@ class MemoryPlan:
             verdict = "  fits" if over <= 0 else f"  {size(over)} too much"
             lines.append(row(phase, self.charged(phase)) + ("" if budget is None else verdict))
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """What the figures leave out, in a sentence."""
+        if self.engine == "vllm":
+            return [
+                "engine vllm: its copy of the weights and its cache come on top; the rollout is "
+                "planned as the own decode loop's"
+            ]
+        if self.engine == "transformers":
+            return [
+                "engine transformers: the rollout is planned as the own decode loop's, with its "
+                "pages of keys and values"
+            ]
+        return []
 
 
 def row(name: str, count: int) -> str:
@@ -118,7 +133,7 @@ def plan(
     components = {name: count for name, count in simulated.components.items() if count} | {
         "libraries": LIBRARIES[device]
     }
-    return MemoryPlan(config.model, device, prompt_length, components, phases)
+    return MemoryPlan(config.model, device, prompt_length, components, phases, config.engine)
 
 
 def planned_and_measured(

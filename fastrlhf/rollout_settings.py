@@ -22,7 +22,8 @@ class RolloutSettings:
 
     engine: Literal["fastrlhf", "transformers", "vllm"] = "fastrlhf"
     """Who samples. `fastrlhf`: the own decode loop; `transformers`: its continuous batching;
-    `vllm`: vLLM, which is installed apart. Others' log-probabilities are not the policy's."""
+    `vllm`: vLLM, of `pip install 'fastrlhf[vllm]'`. Others' log-probabilities differ from the
+    policy's."""
     rollout_slots: int | None = None
     """Sequences sampled at a time; the next begins where one ends. None: all of a rollout."""
     importance_cap: float = 2.0

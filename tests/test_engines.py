@@ -14,6 +14,7 @@ from fastrlhf.backbone import SharedBackbone
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import PromptSet
 from fastrlhf.errors import UserError
+from fastrlhf.memory import plan
 from fastrlhf.rollout.engines import make_engine
 from fastrlhf.rollout.importance import importance_weights
 
@@ -134,8 +135,25 @@ def test_vllm_gives_a_rollout(backbone, fake_vllm):
 
 def test_vllm_that_is_not_there_is_told(backbone, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match="pip install vllm"):
+    with pytest.raises(UserError, match=r"pip install 'fastrlhf\[vllm\]'"):
         make_engine(backbone, TOKENIZER, replace(CONFIG, engine="vllm"))
+
+
+def test_another_engine_is_planned_as_the_own_loop_and_told(monkeypatch):
+    """Without vLLM, too; transformers keeps keys and values in pages of 256 tokens."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    plans = {
+        name: plan(replace(CONFIG, engine=name), model_config=tiny.config(), prompt_length=58)
+        for name in ("fastrlhf", "transformers", "vllm")
+    }
+    own, pages, outside = (plans[name].components["KV cache"] for name in plans)
+    assert own == outside == pages * 64 // 256
+    # Keys and values of 4 layers, 2 heads of 8 numbers, in float32.
+    assert pages == CONFIG.batch_size * 256 * 2 * 4 * 2 * 8 * 4
+    assert "trunk cache" in plans["fastrlhf"].components, "the own loop keeps the trunk's states"
+    assert plans["transformers"].phases["rollout"] > plans["fastrlhf"].phases["rollout"]
+    for name, made in plans.items():
+        assert (f"engine {name}" in made.table()) == (name != "fastrlhf")
 
 
 def test_weights_are_truncated_ratios():

@@ -28,7 +28,14 @@ from ..types import Prompts, Rollout
 from .decode import DecodeEngine
 from .draft import Draft
 
-__all__ = ["Engine", "TransformersEngine", "VllmEngine", "make_engine"]
+__all__ = [
+    "Engine",
+    "TransformersEngine",
+    "VllmEngine",
+    "cache_length",
+    "make_engine",
+    "own_engine",
+]
 
 MOST_TOKENS = 8192
 """tokens of a forward of transformers' engine, which is its own default"""
@@ -53,16 +60,27 @@ def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> 
         return TransformersEngine(backbone, tokenizer, config)
     if config.engine == "vllm":
         return VllmEngine(backbone, tokenizer, config)
+    return own_engine(backbone, tokenizer, config)
+
+
+def own_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> DecodeEngine:
+    """The own decode loop, whichever engine ``config`` asks for; others keep no trunk."""
     return DecodeEngine(
         backbone,
         tokenizer,
         response_length=config.response_length,
         temperature=config.temperature,
         stops=config.stop_token == "eos",
-        trunk_cache=config.trunk_cache,
+        trunk_cache=config.trunk_cache and config.engine == "fastrlhf",
         trunk_cache_mb=config.trunk_cache_mb,
         slots=config.rollout_slots,
     )
+
+
+def cache_length(config: PPOConfig, length: int) -> int:
+    """Tokens of keys and values kept for a sequence of ``length``: transformers has pages of them."""
+    page = ContinuousBatchingConfig.page_size if config.engine == "transformers" else 1
+    return -(-length // page) * page
 
 
 class OtherEngine:
@@ -128,9 +146,9 @@ class TransformersEngine(OtherEngine):
 
         Left to itself it takes more than half of the free memory, and on a CPU fills it with zeros.
         """
-        most = (n + self.config.response_length for n in lengths)
-        blocks = sum(-(-n // ContinuousBatchingConfig.page_size) for n in most)
-        return {"num_blocks": blocks, "max_batch_tokens": min(MOST_TOKENS, sum(lengths))}
+        config, page = self.config, ContinuousBatchingConfig.page_size
+        kept = sum(cache_length(config, n + config.response_length) for n in lengths)
+        return {"num_blocks": kept // page, "max_batch_tokens": min(MOST_TOKENS, sum(lengths))}
 
 
 class VllmEngine(OtherEngine):
@@ -145,7 +163,7 @@ class VllmEngine(OtherEngine):
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError:
-            raise UserError("engine vllm needs vLLM; run: pip install vllm") from None
+            raise UserError("engine vllm needs vLLM; run: pip install 'fastrlhf[vllm]'") from None
         if backbone.lora is None:
             raise UserError("engine vllm samples from adapters only; set use_peft: true")
         self.vllm = vllm

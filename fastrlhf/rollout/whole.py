@@ -51,6 +51,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def new_cache(decoder: PreTrainedModel, length: int) -> Cache:
+    """Room for keys and values of ``length`` tokens, in every layer."""
     depth = decoder.config.num_hidden_layers
     return Cache(layers=[PreallocatedLayer(length) for _ in range(depth)])
 
