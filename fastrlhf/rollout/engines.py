@@ -78,7 +78,7 @@ def own_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> D
 
 
 def cache_length(config: PPOConfig, length: int) -> int:
-    """Tokens of keys and values kept for a sequence of ``length``: transformers has pages of them."""
+    """Tokens of keys and values kept for one of ``length``: transformers has pages of them."""
     page = ContinuousBatchingConfig.page_size if config.engine == "transformers" else 1
     return -(-length // page) * page
 
