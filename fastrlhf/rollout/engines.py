@@ -74,6 +74,7 @@ def own_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> D
         trunk_cache=config.trunk_cache and config.engine == "fastrlhf",
         trunk_cache_mb=config.trunk_cache_mb,
         slots=config.rollout_slots,
+        cuda_graphs=config.cuda_graphs,
     )
 
 
