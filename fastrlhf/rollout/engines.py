@@ -142,7 +142,7 @@ class TransformersEngine(OtherEngine):
             )
         return [(output.generated_tokens, output.logprobs) for output in found.values()]
 
-    def room(self, lengths: list[int]) -> dict[str, int]:
+    def room(self, lengths: list[int]) -> dict[str, Any]:
         """Keys and values of this rollout, and no more; ``lengths`` of the prompts.
 
         Left to itself it takes more than half of the free memory, and on a CPU fills it with zeros.
