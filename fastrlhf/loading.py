@@ -21,7 +21,6 @@ from .quantization import Quantization
 
 __all__ = [
     "Source",
-    "checked_class",
     "find_model",
     "load_backbone",
     "tokenized_prompts",

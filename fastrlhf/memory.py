@@ -50,6 +50,7 @@ class MemoryPlan:
     prompt_length: int  # tokens of the longest prompt
     components: Mapping[str, int]  # the largest that each gets
     phases: Mapping[str, int]  # peak of each phase, as it is measured
+    engine: str = "fastrlhf"  # who samples
 
     @property
     def needed(self) -> int:
@@ -81,7 +82,7 @@ class MemoryPlan:
         prompts = f"prompts of up to {self.prompt_length} tokens"
         if assumed:
             prompts = f"assumed prompt length {self.prompt_length}: give --prompt-length"
-        lines = [f"{self.model} on {self.device}, {prompts}", ""]
+        lines = [f"{self.model} on {self.device}, {prompts}", *self.notes(), ""]
         lines += [row(name, count) for name, count in self.components.items()]
         if self.device != "cpu":
             share = f"each with {size(GPU_CONTEXT)} of context and {GPU_GAPS:.0%} of gaps"
@@ -95,6 +96,20 @@ class MemoryPlan:
             verdict = "  fits" if over <= 0 else f"  {size(over)} too much"
             lines.append(row(phase, self.charged(phase)) + ("" if budget is None else verdict))
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """What the figures leave out, in a sentence."""
+        if self.engine == "vllm":
+            return [
+                "engine vllm: its copy of the weights and its cache come on top; the rollout is "
+                "planned as the own decode loop's"
+            ]
+        if self.engine == "transformers":
+            return [
+                "engine transformers: the rollout is planned as the own decode loop's, with its "
+                "pages of keys and values"
+            ]
+        return []
 
 
 def usable(budget: int, device: str) -> int:
@@ -139,7 +154,7 @@ def plan(
     components = {name: count for name, count in simulated.components.items() if count} | {
         "libraries": LIBRARIES[device]
     }
-    return MemoryPlan(config.model, device, prompt_length, components, phases)
+    return MemoryPlan(config.model, device, prompt_length, components, phases, config.engine)
 
 
 def planned_and_measured(

@@ -9,6 +9,8 @@ of run:
 3. Of a rollout's and a minibatch's microbatches, the first two. They are the longest, and what
    one leaves behind is there in the second.
 4. Every prompt is as long as the longest and every response goes to its end.
+5. Whichever engine samples, the own decode loop does here, with transformers' pages of keys and
+   values. What another engine holds beside them is not counted.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from .memory_tracking import StorageTracker, running_as, tensor_bytes
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer
 from .rollout.draft import Draft
-from .rollout.engines import make_engine
+from .rollout.engines import cache_length, own_engine
 from .rollout.steps import FamilySteps
 from .rollout.whole import forward, new_cache
 from .step import Updater
@@ -203,7 +205,7 @@ class Simulation:
     def rollout(self, batch: int, generations: int = 1) -> Rollout:
         """The prompts' forward and the last step of the engine's loop, and what it returns."""
         config = self.config
-        engine = make_engine(self.backbone, Texts(), config)
+        engine = own_engine(self.backbone, Texts(), config)
         with torch.device(self.device):
             tokens = torch.zeros(batch, self.length, dtype=torch.int64)
             mask = torch.ones(batch, self.length, dtype=torch.bool)
@@ -219,7 +221,7 @@ class Simulation:
             if family is None:
                 buffers = self.decode_whole(decoder, tokens[:slots], mask[:slots])
             else:
-                cache = engine.new_cache(batch, self.length)
+                cache = engine.new_cache(batch, cache_length(config, self.length))
                 steps = engine.steps(decoder, family, cache)
                 self.decode(steps, draft, slots, -(-slots // generations))
                 buffers = cache.numbers()
@@ -265,7 +267,7 @@ class Simulation:
 
     def decode_whole(self, decoder: Any, tokens: Tensor, mask: Tensor) -> list[Tensor]:
         """As `decode_whole` does; the buffers of keys and values."""
-        cache: Any = new_cache(decoder, self.length)
+        cache: Any = new_cache(decoder, cache_length(self.config, self.length))
         for start, stop in ((0, self.prompt), (self.length - 2, self.length - 1)):
             for layer in cache.layers:
                 if start:

@@ -22,9 +22,13 @@ class RolloutSettings:
 
     engine: Literal["fastrlhf", "transformers", "vllm"] = "fastrlhf"
     """Who samples. `fastrlhf`: the own decode loop; `transformers`: its continuous batching;
-    `vllm`: vLLM, which is installed apart. Others' log-probabilities are not the policy's."""
+    `vllm`: vLLM, of `pip install 'fastrlhf[vllm]'`. Others' log-probabilities differ from the
+    policy's."""
     rollout_slots: int | None = None
     """Sequences sampled at a time; the next begins where one ends. None: all of a rollout."""
+    cuda_graphs: bool = False
+    """Whether the own loop's steps are replayed as CUDA graphs, on a GPU and of layers that are not
+    quantised. Off: not measured on a GPU yet."""
     importance_cap: float = 2.0
     """Where another engine samples, each token's advantage is multiplied by min(pi_old / pi_engine,
     this), as in truncated importance sampling (docs/math.md, section 3.6)."""

@@ -57,13 +57,6 @@ class TrunkCache:
     def device_bytes(self) -> int:
         return self.device_rows.numel() * self.device_rows.dtype.itemsize
 
-    def write_columns(self, start: int, states: Tensor) -> None:
-        """Keep the states of all sequences at the columns from ``start`` on: [B, l, D]."""
-        columns = slice(start, start + states.shape[1])
-        kept = len(self.device_rows)
-        self.device_rows[:, columns] = states[:kept]
-        self.host_rows[:, columns] = states[kept:]
-
     def write(self, layout: Layout, states: Tensor) -> None:
         """Keep the states of a microbatch, [b, w, D], its padding left out."""
         own = on_device(layout.own, states.device)

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from fastrlhf import PPOTrainer
 from fastrlhf.backbone import SharedBackbone
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import PromptSet
 from fastrlhf.errors import UserError
+from fastrlhf.memory import plan
 from fastrlhf.rollout.engines import make_engine
 from fastrlhf.rollout.importance import importance_weights
 
@@ -56,6 +58,48 @@ def test_an_engines_log_probabilities_are_the_policys(backbone, engine, temperat
     torch.testing.assert_close(rollout.rollout_logprobs[kept], expected[kept], rtol=0, atol=1e-3)
 
 
+def test_transformers_answers_in_the_order_of_the_prompts_and_takes_the_memory_it_needs(
+    backbone, monkeypatch
+):
+    """Greedy answers of twelve prompts that end at different steps are those of our own loop."""
+    memory = []
+    allocate = PagedAttentionCache.__init__
+
+    def measured(self, *args, **kwargs):
+        allocate(self, *args, **kwargs)
+        memory.append(sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor)))
+
+    monkeypatch.setattr(PagedAttentionCache, "__init__", measured)
+    with torch.no_grad():
+        # The row of a padding token is zero; a stop token must be the likeliest at times.
+        backbone.head.weight[0].normal_(std=0.8, generator=torch.Generator().manual_seed(0))
+    rows = [{"prompt": "plot of a film"[i % 5 : 4 + i]} for i in range(12)]
+    batch = PromptSet.tokenize(rows, TOKENIZER, context=64, response_length=6).batch()
+    sampled = [
+        make_engine(backbone, TOKENIZER, replace(CONFIG, engine=name, temperature=1e-3)).generate(
+            batch, torch.Generator().manual_seed(0)
+        )
+        for name in ("transformers", "fastrlhf")
+    ]
+    assert len(set(sampled[0].response_mask.sum(1).tolist())) > 1, "all end at the same step"
+    assert sampled[0].completion_ids() == sampled[1].completion_ids()
+    # Twelve sequences of a page: 256 tokens, 4 layers of 2 heads of 8 numbers, keys and values.
+    assert memory and memory[0] < 2 * 12 * 256 * 4 * 2 * 8 * 2 * 4
+
+
+def test_transformers_draws_by_the_generator_alone(backbone):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    sampled = [
+        make_engine(backbone, TOKENIZER, replace(CONFIG, engine="transformers"))
+        .generate(prompts(), torch.Generator().manual_seed(seed))
+        .tokens
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+    assert torch.equal(torch.get_rng_state(), before), "the trainer's own random numbers changed"
+
+
 class FakeModel:
     """Answers with letters 5, 6 and the stop token, all with log-probability -2."""
 
@@ -91,8 +135,25 @@ def test_vllm_gives_a_rollout(backbone, fake_vllm):
 
 def test_vllm_that_is_not_there_is_told(backbone, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match="pip install vllm"):
+    with pytest.raises(UserError, match=r"pip install 'fastrlhf\[vllm\]'"):
         make_engine(backbone, TOKENIZER, replace(CONFIG, engine="vllm"))
+
+
+def test_another_engine_is_planned_as_the_own_loop_and_told(monkeypatch):
+    """Without vLLM, too; transformers keeps keys and values in pages of 256 tokens."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    plans = {
+        name: plan(replace(CONFIG, engine=name), model_config=tiny.config(), prompt_length=58)
+        for name in ("fastrlhf", "transformers", "vllm")
+    }
+    own, pages, outside = (plans[name].components["KV cache"] for name in plans)
+    assert own == outside == pages * 64 // 256
+    # Keys and values of 4 layers, 2 heads of 8 numbers, in float32.
+    assert pages == CONFIG.batch_size * 256 * 2 * 4 * 2 * 8 * 4
+    assert "trunk cache" in plans["fastrlhf"].components, "the own loop keeps the trunk's states"
+    assert plans["transformers"].phases["rollout"] > plans["fastrlhf"].phases["rollout"]
+    for name, made in plans.items():
+        assert (f"engine {name}" in made.table()) == (name != "fastrlhf")
 
 
 def test_weights_are_truncated_ratios():

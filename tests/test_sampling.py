@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import ON_CPU
 
 from fastrlhf_kernels import TruncatedSamplingWarning, _cpu, sample
 
@@ -130,3 +131,66 @@ def test_bad_input_raises(backend):
     for bad in (torch.nan, -torch.inf):
         with pytest.raises(ValueError, match="NaN or no finite entry"):
             draw(torch.full((2, 5), bad), backend)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_given_numbers_go_through_the_inverse_of_the_distribution(backend):
+    """Evenly spaced numbers give each token its share of them, to one, and in its order."""
+    logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(4))
+    logits[[0, 7, 8, 39]] = -torch.inf
+    count = 160
+    uniform = (torch.arange(count) + 0.5) / count
+    rows = logits.expand(count, 40)
+    tokens, logprobs = sample(rows, temperature=0.7, uniform=uniform, backend=backend)
+    probs = (logits.double() / 0.7).softmax(-1)
+    assert (torch.bincount(tokens, minlength=40) - count * probs).abs().max() <= 1
+    assert (tokens.diff() >= 0).all()
+    torch.testing.assert_close(logprobs, probs.log()[tokens].float(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_the_same_number_gives_the_same_token_wherever_its_row_is(backend):
+    generator = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(24, 1003, generator=generator)
+    uniform = torch.rand(24, generator=generator)
+    tokens, logprobs = sample(logits, uniform=uniform, backend=backend)
+    again = sample(logits, uniform=uniform, backend=backend)
+    assert torch.equal(tokens, again[0]) and torch.equal(logprobs, again[1])
+    order = torch.randperm(24, generator=generator)
+    moved = sample(logits[order], uniform=uniform[order], backend=backend)
+    assert torch.equal(tokens[order], moved[0]) and torch.equal(logprobs[order], moved[1])
+    other = sample(logits, uniform=1 - uniform, backend=backend)
+    assert (tokens != other[0]).any()
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_token_without_probability_is_never_drawn(backend):
+    """Not by the smallest and largest number, nor by those on the edge of another token."""
+    logits = torch.full((6, 2500), -torch.inf)
+    likely = torch.tensor([7, 1030, 1031, 2077])
+    logits[:, likely] = 3.0
+    uniform = torch.tensor([0.0, 2**-24, 0.25, 0.5, 0.75, 1 - 2**-24])
+    tokens, logprobs = sample(logits, uniform=uniform, backend=backend)
+    assert tokens.tolist() == [7, 7, 1030, 1031, 2077, 2077]
+    torch.testing.assert_close(logprobs, torch.full((6,), 0.25).log())
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("vocab", [1, 300, 2050])
+def test_every_backend_draws_what_float64_draws(vocab, backend):
+    """The number lies in the token's stretch of the distribution, but for rounding."""
+    generator = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(48, vocab, generator=generator)
+    uniform = torch.rand(48, generator=generator)
+    tokens, _ = sample(logits, temperature=1.3, uniform=uniform, backend=backend)
+    ends = (logits.double() / 1.3).softmax(-1).cumsum(-1)
+    end = ends.gather(1, tokens[:, None])[:, 0]
+    start = torch.where(tokens > 0, ends.gather(1, (tokens - 1).clamp_min(0)[:, None])[:, 0], 0)
+    assert (start - 1e-6 <= uniform).all() and (uniform < end + 1e-6).all()
+
+
+def test_numbers_of_another_shape_or_type_raise():
+    logits = torch.randn(3, 5)
+    for uniform in (torch.rand(2), torch.rand(3, 1), torch.rand(3).double()):
+        with pytest.raises(ValueError, match="uniform is"):
+            sample(logits, uniform=uniform)

@@ -24,6 +24,7 @@ from ..backbone import SharedBackbone
 from ..families import Family
 from ..trunk import SplitDecoder
 from ..types import Prompts, Rollout
+from .cuda_graph import GraphedSteps, can_record
 from .draft import Draft
 from .loop import SlotLoop
 from .slots import SlotCache
@@ -44,6 +45,7 @@ class DecodeEngine:
         trunk_cache: whether the frozen layers' outputs are kept.
         trunk_cache_mb: megabytes of them kept on the device; None: all.
         slots: sequences sampled at a time; None: all.
+        cuda_graphs: whether steps are replayed as CUDA graphs where they can be (`can_record`).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class DecodeEngine:
         trunk_cache: bool = True,
         trunk_cache_mb: int | None = None,
         slots: int | None = None,
+        cuda_graphs: bool = False,
     ):
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -67,6 +70,7 @@ class DecodeEngine:
         self.keeps_trunk = trunk_cache and backbone.halves.split > 0
         self.trunk_cache_mb = trunk_cache_mb
         self.slots = slots
+        self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
@@ -77,6 +81,8 @@ class DecodeEngine:
         with self.backbone.role("policy") as decoder, few_row_products(decoder):
             if (family := self.family(decoder)) is not None:
                 steps = self.steps(decoder, family, self.new_cache(len(prompts), draft.length))
+                if self.cuda_graphs and can_record(self.backbone):
+                    steps = GraphedSteps(steps)
                 budget_mb = self.trunk_cache_mb
                 SlotLoop(steps, draft, self.draw, stop=stop, budget_mb=budget_mb).run()
             else:

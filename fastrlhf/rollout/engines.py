@@ -28,7 +28,17 @@ from ..types import Prompts, Rollout
 from .decode import DecodeEngine
 from .draft import Draft
 
-__all__ = ["Engine", "TransformersEngine", "VllmEngine", "make_engine"]
+__all__ = [
+    "Engine",
+    "TransformersEngine",
+    "VllmEngine",
+    "cache_length",
+    "make_engine",
+    "own_engine",
+]
+
+MOST_TOKENS = 8192
+"""tokens of a forward of transformers' engine, which is its own default"""
 
 
 class Engine(Protocol):
@@ -50,16 +60,28 @@ def make_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> 
         return TransformersEngine(backbone, tokenizer, config)
     if config.engine == "vllm":
         return VllmEngine(backbone, tokenizer, config)
+    return own_engine(backbone, tokenizer, config)
+
+
+def own_engine(backbone: SharedBackbone, tokenizer: Any, config: PPOConfig) -> DecodeEngine:
+    """The own decode loop, whichever engine ``config`` asks for; others keep no trunk."""
     return DecodeEngine(
         backbone,
         tokenizer,
         response_length=config.response_length,
         temperature=config.temperature,
         stops=config.stop_token == "eos",
-        trunk_cache=config.trunk_cache,
+        trunk_cache=config.trunk_cache and config.engine == "fastrlhf",
         trunk_cache_mb=config.trunk_cache_mb,
         slots=config.rollout_slots,
+        cuda_graphs=config.cuda_graphs,
     )
+
+
+def cache_length(config: PPOConfig, length: int) -> int:
+    """Tokens of keys and values kept for one of ``length``: transformers has pages of them."""
+    page = ContinuousBatchingConfig.page_size if config.engine == "transformers" else 1
+    return -(-length // page) * page
 
 
 class OtherEngine:
@@ -104,8 +126,13 @@ class TransformersEngine(OtherEngine):
             temperature=self.config.temperature, pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=-1 if self.stop is None else self.stop,
         )  # fmt: skip
-        options = ContinuousBatchingConfig(return_logprobs=True, seed=seed)
-        with self.backbone.role("policy"):
+        options = ContinuousBatchingConfig(
+            return_logprobs=True, seed=seed, **self.room([len(ids) for ids in prompts])
+        )
+        devices = [self.backbone.device] if self.backbone.device.type == "cuda" else []
+        # It seeds torch's own generator, which belongs to whoever runs the trainer.
+        with self.backbone.role("policy"), torch.random.fork_rng(devices):
+            # In the order of the prompts, whichever ends first.
             found = model.generate_batch(
                 list(prompts), settings, options, progress_bar=False, warmup=False
             )
@@ -114,6 +141,15 @@ class TransformersEngine(OtherEngine):
                 "transformers' generate_batch lost sequences of this rollout; set engine: fastrlhf"
             )
         return [(output.generated_tokens, output.logprobs) for output in found.values()]
+
+    def room(self, lengths: list[int]) -> dict[str, Any]:
+        """Keys and values of this rollout, and no more; ``lengths`` of the prompts.
+
+        Left to itself it takes more than half of the free memory, and on a CPU fills it with zeros.
+        """
+        config, page = self.config, ContinuousBatchingConfig.page_size
+        kept = sum(cache_length(config, n + config.response_length) for n in lengths)
+        return {"num_blocks": kept // page, "max_batch_tokens": min(MOST_TOKENS, sum(lengths))}
 
 
 class VllmEngine(OtherEngine):
@@ -128,7 +164,7 @@ class VllmEngine(OtherEngine):
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError:
-            raise UserError("engine vllm needs vLLM; run: pip install vllm") from None
+            raise UserError("engine vllm needs vLLM; run: pip install 'fastrlhf[vllm]'") from None
         if backbone.lora is None:
             raise UserError("engine vllm samples from adapters only; set use_peft: true")
         self.vllm = vllm

@@ -95,7 +95,8 @@ def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -
 
 def multiplies_few_rows(left: Tensor, right: Tensor) -> bool:
     """Whether `few_rows_product` takes these operands on this machine."""
-    if _csrc is None or not (left.dtype == right.dtype == torch.float32):
+    # A compiled module may be older than this file: what is only faster is not missed.
+    if not hasattr(_csrc, "few_rows_product") or not left.dtype == right.dtype == torch.float32:
         return False
     on_cpu = left.device.type == right.device.type == "cpu"
     fits = 0 < left.shape[0] <= _csrc.MOST_ROWS and right.is_contiguous() and left.shape[1] > 0
@@ -108,12 +109,13 @@ def few_rows_product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor
     left [n, d] with n ≤ 64, right [t, d], bias [t] -> [n, t]; `right` is read where it lies.
     """
     (rows, depth), columns = left.shape, right.shape[0]
+    left = left.contiguous()  # a copy that lives until the kernel has read it
     out = torch.empty(rows, columns, device="cpu")
     lanes = -(-rows // _csrc.LANES) * _csrc.LANES
     # torch's memory starts at multiples of 64 bytes, which the kernel's loads need.
     packed = torch.empty(depth, lanes, device="cpu")
     _csrc.few_rows_product(
-        _pointer(left.contiguous(), torch.float32, (rows, depth)),
+        _pointer(left, torch.float32, (rows, depth)),
         _pointer(right, torch.float32, (columns, depth)),
         _pointer(bias, torch.float32, (columns,)), out.data_ptr(), rows, columns, depth,
         packed.data_ptr(), _threads(rows * columns * depth // 16),
