@@ -126,6 +126,6 @@ def test_a_run_rewards_with_a_role_of_its_policy(base, folder, tmp_path):
     assert model.backbone is trainer.backbone
     trainer.train()
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    name = f"objective/{folder.name}"
-    assert all({name, "objective/repetition"} <= line.keys() for line in lines)
+    name = f"reward/{folder.name}"
+    assert all({name, "reward/repetition"} <= line.keys() for line in lines)
     assert trainer.reward.state_dict()["moments"]["count"] == [8.0, 8.0]

@@ -163,7 +163,7 @@ class RewardScorer:
         if table.shape[1] > 1 or self.shaper.changes:
             for name, column in zip(self.names, table.T, strict=True):
                 judged = column[~column.isnan()]
-                total = self.sums.setdefault(f"objective/{name}", [0.0, 0])
+                total = self.sums.setdefault(f"reward/{name}", [0.0, 0])
                 total[0] += float(judged.sum())
                 total[1] += len(judged)
         return self.shaper(table, self.weights)
