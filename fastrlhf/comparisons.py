@@ -204,8 +204,8 @@ def with_gap(preferences: Preferences, gap: float) -> Preferences:
 
 def epochs_of(
     preferences: Preferences, epochs: int, size: int, generator: torch.Generator
-    """Each batch of some epochs, the epochs that end with it, and whether it is its epoch's last."""
-    """Each batch of some epochs, how many epochs end with it, and whether it is its epoch's last."""
+) -> Iterator[tuple[Comparison, float, bool]]:
+    """Each batch of some epochs, the epochs done by its end, and whether it ends one."""
     planned = preferences.num_batches(size)
     for epoch in range(epochs):
         dealt = preferences.batches(size, generator)

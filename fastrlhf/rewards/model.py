@@ -30,13 +30,21 @@ from ..adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, check_fit
 from ..adapters import LoraSettings
 from ..backbone import SharedBackbone
 from ..checkpoint import in_place
+from ..data import text_ids
 from ..errors import UserError
 from ..heads import RewardHead
 from ..identity import sampled
 from ..pretrained import Pretrained, find_pretrained
 from ..text_states import TextStates
 
-__all__ = ["RewardModel", "fingerprint", "is_reward_model", "save_reward_model"]
+__all__ = [
+    "RewardModel",
+    "fingerprint",
+    "is_reward_model",
+    "named",
+    "same_base",
+    "save_reward_model",
+]
 
 FACTS = "reward.json"
 SCORE = f"{PREFIX}score.weight"
@@ -79,6 +87,12 @@ def same_base(ours: dict[str, str | None], kept: Any) -> bool:
 def is_reward_model(folder: str | Path) -> bool:
     """Whether ``folder`` is one that `save_reward_model` wrote."""
     return (Path(folder) / FACTS).is_file()
+
+
+def named(folder: str | Path) -> str:
+    """What a reward model is called: all runs' own folders of it are called `model`."""
+    path = Path(folder).absolute()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def save_reward_model(
@@ -198,7 +212,7 @@ class RewardModel:
         self.tokenizer: Any = tokenizer or getattr(backbone, "tokenizer", None)
         self.file = file
         self.microbatch_tokens = microbatch_tokens
-        self.__name__ = "reward_model" if file is None else file.folder.name
+        self.__name__ = "reward_model" if file is None else named(file.folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:
@@ -258,7 +272,7 @@ class RewardModel:
     def scores(self, texts: Sequence[str]) -> Tensor:
         """Of whole texts, [n] float32."""
         backbone = self.load()
-        tokens = [self.tokenizer(text)["input_ids"] for text in texts]
+        tokens = [text_ids(text, self.tokenizer) for text in texts]
         for number, (ids, text) in enumerate(zip(tokens, texts, strict=True), start=1):
             if not ids:
                 raise UserError(f"text {number} is empty ({text!r}); a reward model needs a token")
