@@ -51,8 +51,8 @@ def load_preferences(dataset: str | Iterable[Mapping[str, Any]]) -> Rows:
     """The rows of a data set of preferences.
 
     Args:
-        dataset: `movie-pairs`, the path of a file for `read_rows`, or rows (a `datasets.Dataset` or a
-            list of dicts).
+        dataset: `movie-pairs`, the path of a file for `read_rows`, or rows (a
+            `datasets.Dataset` or a list of dicts).
 
     Raises:
         UserError: a file that is missing or malformed, or a row that says no preference: named by
