@@ -229,14 +229,16 @@ def split_preferences(
 
 def full_text(row: Mapping[str, Any], name: str, tokenizer: Any, place: int) -> str:
     """Prompt and completion as one text: tokenised apart they would be other tokens."""
-    prompt, completion = row.get("prompt") or "", row[name]
+    prompt: Any = row.get("prompt") or ""
+    completion: Any = row[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     if isinstance(prompt, str) != isinstance(completion, str) and prompt:
         raise UserError(
             f"row {place}: prompt and {name} must both be text, or both be messages; change one"
         )
-    *before, answer = [*(prompt or []), *completion]
+    messages: list[Any] = [*list(prompt or ()), *completion]
+    before, answer = messages[:-1], messages[-1]
     if answer["role"] != "assistant" or not isinstance(answer["content"], str):
         raise UserError(
             f"row {place}: {name} must end with a message of the assistant, whose content is text: "

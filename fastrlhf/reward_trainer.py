@@ -228,7 +228,7 @@ class RewardTrainer:
             self.schedule.step()
         stats = PreferenceStats()
         stats.add(scores[batch.chosen], scores[batch.rejected])
-        line = {"step": number, "epoch": round(epoch, 4)}
+        line: dict[str, float] = {"step": number, "epoch": round(epoch, 4)}
         line |= {"loss/reward": float(loss), "grad_norm": float(norm), "lr": lr}
         line |= {"pairs": stats.pairs, "texts": len(batch.texts)} | stats.metrics("train")
         self.folder.write_metrics(line | self.timer.take_step())
