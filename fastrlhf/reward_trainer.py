@@ -223,7 +223,7 @@ class RewardTrainer:
             norm = clip_grad_norm_(self.backbone.trainable(), config.max_grad_norm)
             if not norm.isfinite():
                 raise SelfCheckError("the gradient is not finite; lower learning_rate")
-            lr = self.schedule.get_last_lr()[0]
+            lr = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
         stats = PreferenceStats()
