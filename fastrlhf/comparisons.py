@@ -16,7 +16,16 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["Comparison", "PairedTexts", "Preferences", "RatedTexts", "rows_among", "with_gap"]
+__all__ = [
+    "Comparison",
+    "PairedTexts",
+    "Preferences",
+    "RatedTexts",
+    "check_compared",
+    "epochs_of",
+    "rows_among",
+    "with_gap",
+]
 
 # Scores of this many texts are compared with all others at a time.
 ROWS = 512
@@ -49,10 +58,10 @@ class Preferences(Protocol):
         """All pairs, in pieces."""
 
     def num_batches(self, size: int) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, at most: one that compares nothing is not dealt."""
 
     def split(self, held_out: int, seed: int) -> tuple[Preferences, Preferences]:
-        """For training, and about ``held_out`` rows' worth beside it; no text is in both."""
+        """For training, and about ``held_out`` rows beside it; no text is in both."""
 
     def sample(self, rows: int, seed: int) -> Preferences:
         """At most ``rows`` rows of it."""
@@ -125,10 +134,7 @@ class RatedTexts:
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Comparison]:
         """2 · ``size`` texts a batch, those of a prompt together, and all pairs among them."""
-        shuffled = torch.randperm(len(self), generator=generator)
-        shuffled_prompts = torch.randperm(int(self.prompts.max()) + 1, generator=generator)
-        together = shuffled_prompts[self.prompts[shuffled]].argsort(stable=True)
-        for texts in shuffled[together].split(2 * size):
+        for texts in self.by_prompt(generator).split(2 * size):
             found = self.compared(texts, texts)
             if len(found.chosen):
                 yield found
@@ -153,24 +159,33 @@ class RatedTexts:
         return Comparison(all_texts, first, column, difference[row, column])
 
     def split(self, held_out: int, seed: int) -> tuple[RatedTexts, RatedTexts]:
-        """A text that several rows rate is on one side only."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        theirs = {tuple(self.tokens[i]) for i in order[:held_out]}
-        rest = self.take(torch.tensor(order[:held_out]))
-        others = [i for i in order[held_out:] if tuple(self.tokens[i]) not in theirs]
+        """A prompt is on one side only, and so is a text that several rows rate."""
+        order = self.by_prompt(torch.Generator().manual_seed(seed))
+        counts = self.prompts[order].unique_consecutive(return_counts=True)[1]
+        if len(counts) > 1:
+            ends = counts.cumsum(0)[:-1].tolist()
+            held_out = next((end for end in ends if end >= held_out), ends[-1])
+        theirs = {tuple(self.tokens[i]) for i in order[:held_out].tolist()}
+        rest = self.take(order[:held_out])
+        others = [i for i in order[held_out:].tolist() if tuple(self.tokens[i]) not in theirs]
         train = self.take(torch.tensor(others, dtype=torch.long))
-        for part in (train, rest):
-            if not any(len(found.chosen) for found in part.pairs()):
-                raise UserError(
-                    f"holding out {held_out} of {len(self)} rated texts leaves no two of one "
-                    "prompt with different ratings on either side; change eval_rows, or give an "
-                    "eval_dataset"
-                )
+        if not (compares(train) and compares(rest)):
+            raise UserError(
+                f"holding out {held_out} of {len(self)} rated texts leaves no two of one "
+                "prompt with different ratings on either side; change eval_rows, or give an "
+                "eval_dataset"
+            )
         return train, rest
 
     def sample(self, rows: int, seed: int) -> RatedTexts:
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.take(order[:rows])
+        """Whole prompts, but for the last one."""
+        return self.take(self.by_prompt(torch.Generator().manual_seed(seed))[:rows])
+
+    def by_prompt(self, generator: torch.Generator) -> Tensor:
+        """All rows in an order that is drawn, those of a prompt together."""
+        shuffled = torch.randperm(len(self), generator=generator)
+        prompts = torch.randperm(int(self.prompts.max()) + 1, generator=generator)
+        return shuffled[prompts[self.prompts[shuffled]].argsort(stable=True)]
 
     def take(self, rows: Tensor) -> RatedTexts:
         return RatedTexts(
@@ -185,6 +200,35 @@ def with_gap(preferences: Preferences, gap: float) -> Preferences:
     """Ratings must differ by more than ``gap`` to be a pair; pairs that were given stay."""
     rated = isinstance(preferences, RatedTexts)
     return replace(preferences, gap=gap) if rated else preferences  # type: ignore[type-var]
+
+
+def epochs_of(
+    preferences: Preferences, epochs: int, size: int, generator: torch.Generator
+) -> Iterator[tuple[Comparison, float, bool]]:
+    """Each batch of some epochs, the epochs done by its end, and whether it ends one."""
+    planned = preferences.num_batches(size)
+    for epoch in range(epochs):
+        dealt = preferences.batches(size, generator)
+        batch, place = next(dealt, None), 0
+        while batch is not None:
+            following, place = next(dealt, None), place + 1
+            ends = following is None
+            yield batch, epoch + (1.0 if ends else place / planned), ends
+            batch = following
+
+
+def compares(preferences: Preferences) -> bool:
+    return any(len(found.chosen) for found in preferences.pairs())
+
+
+def check_compared(held_out: Preferences, train_sample: Preferences, gap: float) -> None:
+    """Raise UserError where there is no pair to evaluate on."""
+    for part, name in ((held_out, "held out"), (train_sample, "sampled from training")):
+        if not compares(part):
+            raise UserError(
+                f"of the {len(part)} texts {name}, no two of one prompt have ratings that differ "
+                f"by more than eval_rating_gap ({gap:g}); lower it, or raise eval_rows"
+            )
 
 
 def rows_among(part: Preferences, whole: Preferences) -> list[int]:

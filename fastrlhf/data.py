@@ -31,7 +31,7 @@ from .errors import UserError
 from .pretrained import cache_dir
 from .types import Prompts
 
-__all__ = ["PromptSet", "fetch_movie_reviews", "load_rows"]
+__all__ = ["PromptSet", "chat_text", "fetch_movie_reviews", "load_rows", "text_ids"]
 
 OPENINGS = Path(__file__).parent / "recipes" / "openings.jsonl"
 SDIST = "vaderSentiment==3.3.2"
@@ -172,14 +172,21 @@ def openings(snippets: Iterable[str]) -> Iterator[str]:
             yield opening
 
 
-def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, number: int) -> str:
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str) -> str:
+    """The messages by the tokenizer's template, up to where the answer begins."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ValueError as error:
         raise UserError(
-            f"prompt {number} is chat messages, but the model's tokenizer has no chat template; "
+            f"{where} is chat messages, but the model's tokenizer has no chat template; "
             "give text, or a model that has one"
         ) from error
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a whole text; one that a template began has its special tokens already."""
+    templated = text.startswith(tuple(x for x in tokenizer.all_special_tokens if x))
+    return tokenizer(text, add_special_tokens=not templated)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ class PromptSet:
             if isinstance(prompt, str):
                 ids = tokenizer(prompt)["input_ids"]
             else:
-                prompt = chat_text(prompt, tokenizer, number)
+                prompt = chat_text(prompt, tokenizer, f"prompt {number}")
                 # The template has written the special tokens already.
                 ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             if len(ids) + response_length > context:

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .backbone import SharedBackbone
 from .data import PromptSet
 from .errors import UserError
 
-__all__ = ["identity", "refuse_others"]
+__all__ = ["identity", "refuse_others", "sampled"]
 
 SAMPLES = 32  # numbers of each weight
 VOLATILE = ("_name_or_path", "transformers_version")
@@ -59,12 +60,16 @@ def base_digest(backbone: SharedBackbone) -> str:
     for name, p in backbone.named_parameters():
         if p.requires_grad or "lora_" in name or "_head.linear" in name:
             continue
-        flat = p.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        picked = flat[::step].contiguous().cpu()
+        picked = sampled(p).cpu()
         total.update(f"{name} {list(p.shape)} {p.dtype}".encode())
         total.update(picked.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def sampled(weight: Tensor) -> Tensor:
+    """A few numbers of a weight, spread over it, [n]."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)].contiguous()
 
 
 def refuse_others(where: str, kept: Mapping[str, str], ours: Mapping[str, str]) -> None:

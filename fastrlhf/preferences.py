@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from .comparisons import PairedTexts, Preferences, RatedTexts, with_gap
-from .data import INNER_ARCHIVE, SDIST, SNIPPETS, read_json_lines
+from .data import INNER_ARCHIVE, SDIST, SNIPPETS, chat_text, text_ids
+from .dataset_files import no_such_file, read_rows
 from .errors import UserError
 from .pretrained import cache_dir
 from .reward_config import RewardConfig
@@ -50,8 +51,8 @@ def load_preferences(dataset: str | Iterable[Mapping[str, Any]]) -> Rows:
     """The rows of a data set of preferences.
 
     Args:
-        dataset: `movie-pairs`, the path of a JSON Lines file, or rows (a `datasets.Dataset` or a
-            list of dicts).
+        dataset: `movie-pairs`, the path of a file for `read_rows`, or rows (a
+            `datasets.Dataset` or a list of dicts).
 
     Raises:
         UserError: a file that is missing or malformed, or a row that says no preference: named by
@@ -61,10 +62,9 @@ def load_preferences(dataset: str | Iterable[Mapping[str, Any]]) -> Rows:
         return check_preferences(dataset, "the data set", "row")
     path = fetch_movie_pairs() if dataset == MOVIE_PAIRS else Path(dataset)
     if not path.is_file():
-        raise UserError(
-            f"no preferences {dataset!r}: give {MOVIE_PAIRS}, or the path of a .jsonl file"
-        )
-    return check_preferences(read_json_lines(path), str(path), "line")
+        raise no_such_file(dataset, MOVIE_PAIRS)
+    unit = "row" if path.suffix == ".parquet" else "line"
+    return check_preferences(read_rows(path), str(path), unit)
 
 
 def check_preferences(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> Rows:
@@ -171,9 +171,7 @@ def tokenize_preferences(
         text = full_text(row, name, tokenizer, place)
         if text not in numbers:
             numbers[text] = len(tokens)
-            # Written by the template, the special tokens are in the text already.
-            own = not isinstance(row[name], str)
-            tokens.append(tokenizer(text, add_special_tokens=not own)["input_ids"])
+            tokens.append(text_ids(text, tokenizer))
         return numbers[text]
 
     rated = "rating" in rows[0]
@@ -231,21 +229,23 @@ def split_preferences(
 
 def full_text(row: Mapping[str, Any], name: str, tokenizer: Any, place: int) -> str:
     """Prompt and completion as one text: tokenised apart they would be other tokens."""
-    prompt, completion = row.get("prompt") or "", row[name]
+    prompt: Any = row.get("prompt") or ""
+    completion: Any = row[name]
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     if isinstance(prompt, str) != isinstance(completion, str) and prompt:
         raise UserError(
             f"row {place}: prompt and {name} must both be text, or both be messages; change one"
         )
-    messages = [*(prompt or []), *completion]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except ValueError as error:
+    messages: list[Any] = [*list(prompt or ()), *completion]
+    before, answer = messages[:-1], messages[-1]
+    if answer["role"] != "assistant" or not isinstance(answer["content"], str):
         raise UserError(
-            f"row {place} is chat messages, but the model's tokenizer has no chat template; give "
-            "text, or a model that has one"
-        ) from error
+            f"row {place}: {name} must end with a message of the assistant, whose content is text: "
+            "that is what is judged"
+        )
+    # As a run's completion is scored: what the template writes after an answer is not in it.
+    return (chat_text(before, tokenizer, f"row {place}") if before else "") + answer["content"]
 
 
 def fetch_movie_pairs() -> Path:

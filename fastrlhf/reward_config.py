@@ -25,8 +25,8 @@ class RewardConfig:
     model: str = "smollm2-135m"
     """The base: `smollm2-135m` (packaged weights), a hub name, or the path of a folder."""
     dataset: str = "movie-pairs"
-    """`movie-pairs` (fetched: human ratings of movie-review snippets), or the path of a JSON Lines
-    file with chosen and rejected, or completion and rating."""
+    """`movie-pairs` (fetched: human ratings of movie-review snippets), or the path of a file
+    (JSON Lines, a JSON array or Parquet) with chosen and rejected, or completion and rating."""
     output_dir: str | None = None
     """The run's folder; it must not hold a run. None: `runs/reward`, numbered if taken."""
     trust_remote_code: bool = False

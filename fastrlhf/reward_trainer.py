@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from .adapters import LoraSettings
 from .backbone import SharedBackbone
-from .comparisons import Comparison, RatedTexts, rows_among, with_gap
+from .comparisons import Comparison, RatedTexts, check_compared, epochs_of, rows_among, with_gap
 from .errors import SelfCheckError, UserError
 from .metrics import PhaseTimer, RunFolder
 from .plot import can_plot
@@ -34,6 +34,7 @@ from .preferences import load_preferences, split_preferences
 from .pretrained import checked_tokenizer, context_length, find_pretrained
 from .progress import Display
 from .reward_config import RewardConfig
+from .reward_optimizer import make_optimizer
 from .rewards.head_start import fit_head
 from .rewards.model import RewardModel, normalize_head, save_reward_model
 from .rewards.preference_loss import PreferenceStats, bradley_terry, draw_reliability, measure
@@ -81,7 +82,10 @@ class RewardTrainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.timer = PhaseTimer(lambda phase: None)
         with self.timer("load"):
-            rows = load_preferences(config.dataset if train_dataset is None else train_dataset)
+            given = config.dataset if train_dataset is None else train_dataset
+            # As the model's folder and the plot call it.
+            self.dataset = given if isinstance(given, str) else "rows from Python"
+            rows = load_preferences(given)
             eval_rows = None if eval_dataset is None else load_preferences(eval_dataset)
             trusts = config.trust_remote_code
             source = (
@@ -110,6 +114,7 @@ class RewardTrainer:
         # The training rows that are evaluated, always the same.
         sample = self.train_set.sample(len(self.held_out), config.seed)
         self.train_sample = with_gap(sample, config.eval_rating_gap)
+        check_compared(self.held_out, self.train_sample, config.eval_rating_gap)
         self.backbone.train_roles("reward")
         # transformers' classifiers have no bias, and differences of scores do not tell it.
         self.backbone.reward_head.linear.bias.requires_grad_(False)
@@ -117,7 +122,7 @@ class RewardTrainer:
         self.steps = config.num_train_epochs * self.train_set.num_batches(config.batch_size)
         self.display = Display(self.steps)
         self.timer.started = self.display.phase
-        self.optimizer, self.schedule = self.make_optimizer()
+        self.optimizer, self.schedule = make_optimizer(self.backbone, config, self.steps)
 
     def build(self, source) -> SharedBackbone:
         config = self.config
@@ -136,26 +141,6 @@ class RewardTrainer:
             tokenizer=source.tokenizer,
         )
 
-    def make_optimizer(self):
-        config, head = self.config, self.backbone.reward_head
-        assert head is not None
-        own = [p for p in self.backbone.trainable() if p is not head.linear.weight]
-        groups = [
-            {"params": own, "lr": config.learning_rate},
-            {"params": [head.linear.weight], "lr": config.head_learning_rate},
-        ]
-        optimizer = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=0.0)
-
-        def factor(step: int) -> float:
-            if step < config.warmup_steps:
-                return (step + 1) / config.warmup_steps
-            if config.lr_scheduler_type == "constant":
-                return 1.0
-            left = self.steps - config.warmup_steps
-            return max(0.0, 1 - (step - config.warmup_steps) / max(1, left))
-
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
     def train(self) -> RewardSummary:
         """Train, keep the best weights, normalise them and save them."""
         config = self.config
@@ -168,23 +153,46 @@ class RewardTrainer:
                 with self.timer("head"):
                     self.start_head()
             self.timer.take_step()
-            number, stopped = 0, None
-            best = self.evaluate(0, 0.0)
-            kept, worse = copies(self.backbone.trainable()), 0
-            every = config.eval_steps or self.train_set.num_batches(config.batch_size)
-            for number, batch in enumerate(self.batches(), start=1):
-                self.step(number, batch)
-                if number % every and number != self.steps:
-                    continue
-                found = self.evaluate(number, number * config.num_train_epochs / self.steps)
-                worse = worse + 1
-                if found["held_out/loss"] < best["held_out/loss"]:
-                    best, kept, worse = found, copies(self.backbone.trainable()), 0
-                if stopped := self.reason_to_stop(found, worse):
-                    self.display.say(f"stopped: {stopped}")
-                    break
-            self.restore(kept)
-        return self.finish(best, number, stopped)
+            self.keep(self.evaluate(0, 0.0))
+            try:
+                number, stopped = self.learn()
+            except BaseException:
+                # Ctrl-C, or a gradient that is not finite: the best so far is not lost.
+                self.restore(self.kept)
+                self.display.say(f"the best weights so far are in {self.save(normalized=False)}")
+                raise
+            self.restore(self.kept)
+        return self.finish(number, stopped)
+
+    def learn(self) -> tuple[int, str | None]:
+        """All steps; how many there were, and why they ended early."""
+        number, evaluated, epoch, every = 0, 0, 0.0, self.config.eval_steps
+        for number, (batch, epoch, ends) in enumerate(self.dealt(), start=1):
+            self.step(number, epoch, batch)
+            if number % every if every else not ends:
+                continue
+            evaluated = number
+            if stopped := self.judge(number, epoch):
+                return number, stopped
+        # Which step is the last one is known when no batch is left.
+        return number, None if evaluated == number else self.judge(number, epoch)
+
+    def dealt(self) -> Iterator[tuple[Comparison, float, bool]]:
+        config = self.config
+        return epochs_of(self.train_set, config.num_train_epochs, config.batch_size, self.generator)
+
+    def judge(self, number: int, epoch: float) -> str | None:
+        """Evaluate, keep what is better than before; why training is to stop."""
+        found = self.evaluate(number, epoch)
+        self.worse += 1
+        if found["held_out/loss"] < self.best["held_out/loss"]:
+            self.keep(found)
+        if stopped := self.reason_to_stop(found, self.worse):
+            self.display.say(f"stopped: {stopped}")
+        return stopped
+
+    def keep(self, found: dict[str, float]) -> None:
+        self.best, self.kept, self.worse = found, copies(self.backbone.trainable()), 0
 
     def make_states(self) -> None:
         """The trunk's states of all texts, training and held out."""
@@ -206,11 +214,7 @@ class RewardTrainer:
         with torch.no_grad():
             head.linear.weight.copy_(fit_head(states, self.train_set, self.config.seed))
 
-    def batches(self) -> Iterable[Comparison]:
-        for _ in range(self.config.num_train_epochs):
-            yield from self.train_set.batches(self.config.batch_size, self.generator)
-
-    def step(self, number: int, batch: Comparison) -> None:
+    def step(self, number: int, epoch: float, batch: Comparison) -> None:
         """One optimizer step on a batch of pairs."""
         config = self.config
         with self.timer("update"):
@@ -219,12 +223,12 @@ class RewardTrainer:
             norm = clip_grad_norm_(self.backbone.trainable(), config.max_grad_norm)
             if not norm.isfinite():
                 raise SelfCheckError("the gradient is not finite; lower learning_rate")
-            lr = self.schedule.get_last_lr()[0]
+            lr = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
         stats = PreferenceStats()
         stats.add(scores[batch.chosen], scores[batch.rejected])
-        line = {"step": number, "epoch": number * config.num_train_epochs / self.steps}
+        line: dict[str, float] = {"step": number, "epoch": round(epoch, 4)}
         line |= {"loss/reward": float(loss), "grad_norm": float(norm), "lr": lr}
         line |= {"pairs": stats.pairs, "texts": len(batch.texts)} | stats.metrics("train")
         self.folder.write_metrics(line | self.timer.take_step())
@@ -296,20 +300,26 @@ class RewardTrainer:
         for parameter, value in zip(self.backbone.trainable(), kept, strict=True):
             parameter.copy_(value)
 
-    def finish(self, best: dict[str, float], steps: int, stopped: str | None) -> RewardSummary:
-        """Normalise and save what is kept; draw how sure it may be."""
+    def save(self, *, normalized: bool) -> Path:
+        """Write the reward model as it is to the run's folder; returns where."""
+        facts = self.best | {"dataset": self.dataset, "normalized": normalized}
+        return save_reward_model(self.backbone, self.folder.path / "model", self.base, facts)
+
+    def finish(self, steps: int, stopped: str | None) -> RewardSummary:
+        """Save what is kept, normalised; draw how sure it may be."""
+        best = self.best
+        # What follows can fail.
+        folder = self.save(normalized=False)
         with self.timer("evaluate"):
             start = len(self.train_set.tokens)
             everything = self.states.all_scores()
             stats = measure(everything[start:], self.held_out.pairs())
         if self.config.normalize:
             normalize_head(self.backbone, everything[:start])
+            self.save(normalized=True)
         if can_plot():
-            title = f"Reward model on {Path(self.config.dataset).stem}"
+            title = f"Reward model on {Path(self.dataset).stem}"
             draw_reliability(stats, self.folder.path / "calibration.png", title)
-        folder = self.folder.path / "model"
-        facts = best | {"dataset": self.config.dataset, "normalized": self.config.normalize}
-        save_reward_model(self.backbone, folder, self.base, facts)
         summary = RewardSummary(
             accuracy=best["held_out/accuracy"],
             train_accuracy=best["train/accuracy"],

@@ -15,7 +15,7 @@ import yaml
 
 from .errors import UserError
 
-__all__ = ["RunRecord", "is_run", "read_json_lines", "read_run"]
+__all__ = ["RunRecord", "is_run", "read_json_lines", "read_run", "refuse_reward_run"]
 
 METRICS = "metrics.jsonl"
 Lines = list[dict[str, Any]]
@@ -64,6 +64,7 @@ def read_run(path: str | Path) -> RunRecord:
         runs = sorted(p.parent.name for p in path.glob(f"*/{METRICS}"))
         inside = f"; it holds runs: {', '.join(runs[:8])}" if runs else ""
         raise UserError(f"{path} holds no {METRICS}: give a run's folder{inside}")
+    refuse_reward_run(path)
     metrics = read_json_lines(path / METRICS)
     if not metrics:
         raise UserError(f"the run in {path} has finished no rollout yet; wait for its first line")
@@ -78,6 +79,15 @@ def read_run(path: str | Path) -> RunRecord:
         read_settings(path / "config.yaml"),
         summary[-1] if summary else None,
     )
+
+
+def refuse_reward_run(path: Path) -> None:
+    """Raise UserError for the run of a reward model: it has preferences, and no episodes."""
+    if "rating_gap" in read_settings(path / "config.yaml"):
+        raise UserError(
+            f"the run in {path} trained a reward model, not a policy: see its evaluations.jsonl "
+            f"and calibration.png, or train with reward={path}"
+        )
 
 
 def read_json_lines(path: Path) -> Lines:

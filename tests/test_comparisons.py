@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from fastrlhf.comparisons import PairedTexts, RatedTexts, rows_among, with_gap
+from fastrlhf.comparisons import (
+    PairedTexts,
+    RatedTexts,
+    check_compared,
+    epochs_of,
+    rows_among,
+    with_gap,
+)
 from fastrlhf.errors import UserError
 
 
@@ -87,3 +94,43 @@ def test_parts_are_found_in_the_whole():
     assert [data.tokens[row] for row in rows] == part.tokens
     assert data.ratings[rows].equal(part.ratings)
     assert with_gap(part, 2.0).gap == 2.0
+
+
+def test_a_prompt_is_on_one_side_of_a_split_with_all_its_texts():
+    prompts = [i // 4 for i in range(80)]
+    data = rated([float(i) for i in range(80)], prompts=prompts)
+    for seed in range(5):
+        train, held_out = data.split(10, seed)
+        assert not set(train.prompts.tolist()) & set(held_out.prompts.tolist())
+        assert len(held_out) == 12 and len(train) == 68
+        # A sample's texts meet: only the last prompt may be cut.
+        found = data.sample(10, seed).prompts.unique(return_counts=True)[1]
+        assert sorted(found.tolist()) == [2, 4, 4]
+    # Of two prompts one is left to train on, however many rows are asked for.
+    train, held_out = rated([0.0, 1.0, 2.0, 3.0], prompts=[0, 1, 0, 1]).split(3, seed=0)
+    assert len(train) == len(held_out) == 2
+
+
+def test_an_epoch_ends_with_its_last_batch_that_compares_anything():
+    # Three of four texts answer a prompt of their own: most batches compare nothing.
+    data = rated([0.0, 1.0, *range(6)], prompts=[0, 0, 1, 2, 3, 4, 5, 6])
+    generator = torch.Generator().manual_seed(0)
+    found = list(epochs_of(data, 4, 1, generator))
+    assert 0 < len(found) < 4 * data.num_batches(1)
+    assert all(ends and epoch == int(epoch) for _, epoch, ends in found)
+    pairs = PairedTexts(
+        [[i] for i in range(8)], torch.arange(0, 8, 2), torch.arange(1, 8, 2), torch.zeros(4)
+    )
+    found = list(epochs_of(pairs, 2, 2, generator))
+    assert [(epoch, ends) for _, epoch, ends in found] == [
+        (0.5, False), (1.0, True), (1.5, False), (2.0, True),
+    ]  # fmt: skip
+
+
+def test_without_a_pair_to_evaluate_on():
+    fine, alike = rated([0.0, 1.0], gap=0.5), rated([0.0, 0.4], gap=0.5)
+    check_compared(fine, fine, 0.5)
+    with pytest.raises(UserError, match=r"2 texts held out.*eval_rating_gap \(0.5\); lower it"):
+        check_compared(alike, fine, 0.5)
+    with pytest.raises(UserError, match=r"2 texts sampled from training.*eval_rating_gap"):
+        check_compared(fine, alike, 0.5)

@@ -1,15 +1,23 @@
 """Preferences: what rows may say, and what is said of rows that say nothing."""
 
+import gzip
 import json
 
 import pytest
 import tiny
+from tokenizers import processors
 
 from fastrlhf import preferences
 from fastrlhf.comparisons import PairedTexts, RatedTexts
+from fastrlhf.data import PromptSet
 from fastrlhf.errors import UserError
 from fastrlhf.preferences import load_preferences, rated_snippets, tokenize_preferences
+from fastrlhf.rewards.model import RewardModel
 
+TEMPLATE = (
+    "{{ eos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}x y {% endif %}"
+)
 GOOD = {"prompt": "a ", "chosen": "good", "rejected": "bad"}
 
 
@@ -79,14 +87,50 @@ def test_ratings_are_compared_within_a_prompt():
 
 def test_messages_go_through_the_template():
     tokenizer = tiny.tokenizer()
-    rows = [{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}]
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c d"}]
+    rows = [{"chosen": said, "rejected": "b"}]
     with pytest.raises(UserError, match=r"row 1 is chat messages, but .* no chat template"):
         tokenize_preferences(rows, tokenizer, max_length=64)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.chat_template = TEMPLATE
     found = tokenize_preferences(rows, tokenizer, max_length=64)
-    assert tokenizer.decode(found.tokens[0]) == "a "
+    assert tokenizer.decode(found.tokens[0]) == "<end>a x y c d"
     with pytest.raises(UserError, match="must both be text, or both be messages"):
         tokenize_preferences([{"prompt": "p", **rows[0]}], tokenizer, max_length=64)
+    with pytest.raises(UserError, match="chosen must end with a message of the assistant"):
+        tokenize_preferences([{"chosen": said[:1], "rejected": "b"}], tokenizer, max_length=64)
+
+
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+def test_what_is_trained_on_is_what_is_scored(start, monkeypatch):
+    """The same tokens, with a tokenizer that begins every text with a token of its own."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
+    tokenizer.chat_template = start + TEMPLATE.replace("{{ eos_token }}", "")
+    asked = [{"role": "user", "content": "a"}]
+    row = {"prompt": asked}
+    for name, text in (("chosen", "c d"), ("rejected", "e")):
+        row[name] = [{"role": "assistant", "content": text}]
+    trained = tokenize_preferences([row], tokenizer, max_length=64).tokens
+    prompts = PromptSet.tokenize([row], tokenizer, context=64, response_length=8)
+    scored = []
+    monkeypatch.setattr("fastrlhf.rewards.model.TextStates", lambda b, ids, **_: scored.extend(ids))
+    monkeypatch.setattr(RewardModel, "load", lambda self: None)
+    with pytest.raises(AttributeError):
+        RewardModel(tokenizer=tokenizer).scores([prompts.texts[0] + x for x in ("c d", "e")])
+    assert scored == list(trained) and [ids.count(begin) for ids in scored] == [1, 1]
+
+
+def test_files_of_other_kinds(tmp_path):
+    array = tmp_path / "pairs.json"
+    array.write_text(json.dumps([GOOD, GOOD], indent=1))
+    packed = tmp_path / "pairs.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    assert load_preferences(str(array)) == [GOOD, GOOD]
+    assert load_preferences(str(packed)) == [GOOD]
 
 
 def test_movie_pairs_are_the_published_ratings(monkeypatch, tmp_path):

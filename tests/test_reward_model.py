@@ -1,6 +1,7 @@
 """Reward models on disk and on a policy's backbone: one score, whoever computes it."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -10,7 +11,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastrlhf import PPOConfig, PPOTrainer
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.errors import UserError
-from fastrlhf.rewards.model import RewardModel, is_reward_model, save_reward_model
+from fastrlhf.rewards.functions import load_objectives
+from fastrlhf.rewards.model import (
+    RewardModel,
+    fingerprint,
+    is_reward_model,
+    same_base,
+    save_reward_model,
+)
 
 PROMPTS, COMPLETIONS = ["the film ", "a ", "so "], ["was good", "bad", "long and dull"]
 
@@ -89,6 +97,72 @@ def test_another_base_is_named(tmp_path, folder):
         RewardModel.from_pretrained(folder).share(policy(other), tiny.tokenizer())
 
 
+@pytest.mark.parametrize("place", ["layers.0", "layers.3", "embed_tokens", "model.norm"])
+def test_a_base_that_differs_anywhere_is_another(base, folder, place):
+    """In the layers with adapters and below, in the last rows of the embedding, in a norm."""
+    backbone = policy(base)
+    with torch.no_grad():
+        for name, p in backbone.model.named_parameters():
+            if place in name and "lora_" not in name:
+                part = p[-8:] if "embed" in name else p
+                part.add_(torch.randn(part.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(UserError, match="was trained on"):
+        RewardModel.from_pretrained(folder).share(backbone, backbone.tokenizer)
+
+
+def test_the_same_base_has_the_same_fingerprint(base, trained):
+    """Whatever adapters it has, in either precision, and whatever has been trained on it."""
+    expected = fingerprint(trained)
+    other = policy(base, train_layers=1, dtype=torch.bfloat16)
+    assert fingerprint(other) == expected and None not in expected.values()
+    for settings in ({"train_layers": 2}, {"train_layers": "all"}):
+        full = policy(base, lora=None, **settings)
+        with torch.no_grad():
+            for p in full.trainable():
+                p.add_(1)
+        assert fingerprint(full) == expected
+    # Quantised matrices cannot be told from others; the rest can.
+    quantized = expected | {"matrices": None}
+    assert same_base(quantized, expected) and same_base(expected, quantized)
+    assert not same_base(quantized, expected | {"rest": "other"})
+    assert not same_base(expected, "a digest of the first rows alone")
+
+
+def test_a_reward_model_with_a_backbone_keeps_it(base, trained, scores, tmp_path):
+    reward = RewardModel(trained)
+    settings = {
+        "model": str(base), "total_episodes": 4, "batch_size": 4, "num_ppo_epochs": 1,
+        "response_length": 4, "train_layers": 2, "eval_prompts": 2, "stop_token": None,
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    rows = [{"prompt": text} for text in ("a film", "the end", "so it", "we saw", "if only")]
+    trainer = PPOTrainer(reward_funcs=reward, args=PPOConfig(**settings), train_dataset=rows)
+    trainer.train()
+    assert reward.backbone is trained and trainer.backbone is not trained
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(scores, rel=1e-4)
+
+
+def test_one_reward_model_shares_and_a_second_is_told_so(base, folder):
+    backbone = policy(base)
+    first, second = (RewardModel.from_pretrained(folder) for _ in range(2))
+    first.share(backbone, backbone.tokenizer)
+    with pytest.raises(UserError, match=r"shares the policy's backbone already.*reward_backbone"):
+        second.share(backbone, backbone.tokenizer)
+    assert second.backbone is None
+
+
+def test_rewards_are_called_by_their_runs(base, folder, tmp_path, monkeypatch):
+    for name in ("kind", "short"):
+        shutil.copytree(folder, tmp_path / "runs" / name / "model")
+    monkeypatch.chdir(tmp_path)
+    found = load_objectives(["runs/kind/model", "runs/short/model"])
+    assert [x.name for x in found] == ["kind", "short"]
+    assert [x.function.__name__ for x in found] == ["kind", "short"]
+    assert [x.name for x in load_objectives("runs/kind")] == ["kind"]
+    monkeypatch.chdir("runs/kind")
+    assert load_objectives("./model")[0].name == "kind"
+
+
 def test_a_policy_that_cannot_share(base, folder):
     with pytest.raises(UserError, match="below the trained ones; set train_layers to 2"):
         RewardModel.from_pretrained(folder).share(policy(base, train_layers=1), None)
@@ -126,6 +200,6 @@ def test_a_run_rewards_with_a_role_of_its_policy(base, folder, tmp_path):
     assert model.backbone is trainer.backbone
     trainer.train()
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    name = f"objective/{folder.name}"
-    assert all({name, "objective/repetition"} <= line.keys() for line in lines)
+    name = f"reward/{folder.name}"
+    assert all({name, "reward/repetition"} <= line.keys() for line in lines)
     assert trainer.reward.state_dict()["moments"]["count"] == [8.0, 8.0]

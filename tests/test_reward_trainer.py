@@ -12,6 +12,7 @@ from fastrlhf.comparisons import Comparison
 from fastrlhf.errors import UserError
 from fastrlhf.reward_config import RewardConfig
 from fastrlhf.reward_trainer import RewardTrainer
+from fastrlhf.rewards.model import RewardModel
 from fastrlhf.rewards.preference_loss import bradley_terry
 
 GOOD, BAD = "abcde", "vwxyz"
@@ -147,3 +148,77 @@ def test_held_out_preferences_of_ones_own(base, tmp_path):
     config = RewardConfig(output_dir=str(tmp_path / "run"), train_layers=2)
     made = RewardTrainer(base, config, pairs(8), pairs(5, seed=1))
     assert len(made.train_set) == 8 and len(made.held_out) == 5
+
+
+def test_the_last_weights_are_evaluated_where_batches_compare_nothing(base, tmp_path):
+    rng = random.Random(0)
+    # Of each prompt two texts, which a batch may hold one of: such batches are skipped.
+    rows = [
+        {"prompt": f"{a}{b} ", "completion": words(rng, good), "rating": float(good)}
+        for a in "abcdefgh"
+        for b in "abcdefgh"
+        for good in (7, 1)
+    ]
+    rows += [
+        {"prompt": f"{a}{b}{a} ", "completion": words(rng, 4), "rating": 4.0}
+        for a in "abcdefgh"
+        for b in "abcdefgh"
+    ]
+    made = trainer(base, tmp_path, rows, batch_size=1, num_train_epochs=1, head_start=False)
+    summary = made.train()
+    assert 0 < summary.steps < made.steps
+    lines = (tmp_path / "run/evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines] == [0, summary.steps]
+    assert json.loads(lines[-1])["epoch"] == 1 and summary.best_step == summary.steps
+    often = trainer(base, tmp_path / "often", rows, batch_size=1, num_train_epochs=1, eval_steps=25)
+    steps = often.train().steps
+    lines = (tmp_path / "often/run/evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines] == sorted({*range(0, steps, 25), steps})
+
+
+def test_ratings_too_close_to_evaluate_are_named_before_training(base, tmp_path):
+    with pytest.raises(UserError, match=r"held out, .*eval_rating_gap \(5\)"):
+        trainer(base, tmp_path, ratings(), eval_rating_gap=5.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_best_is_saved_whatever_ends_the_run(base, tmp_path, error):
+    made = trainer(base, tmp_path, eval_steps=1)
+    steps = []
+
+    def step(number, *rest):
+        if number == 4:
+            raise error("stop")
+        steps.append(number)
+        return RewardTrainer.step(made, number, *rest)
+
+    made.step = step
+    with pytest.raises(error):
+        made.train()
+    folder = tmp_path / "run/model"
+    facts = json.loads((folder / "reward.json").read_text())
+    assert steps == [1, 2, 3] and facts["step"] == made.best["step"] and not facts["normalized"]
+    texts = ["the abc", "the vwx"]
+    expected = made.reward_model().scores(texts).tolist()
+    assert RewardModel.from_pretrained(folder).scores(texts).tolist() == pytest.approx(expected)
+    assert not list(folder.parent.glob(".model*"))
+
+
+def test_a_model_that_cannot_be_normalised_is_saved(base, tmp_path, monkeypatch):
+    def fails(*_):
+        raise UserError("every reference text has the same reward")
+
+    monkeypatch.setattr("fastrlhf.reward_trainer.normalize_head", fails)
+    with pytest.raises(UserError, match="same reward"):
+        trainer(base, tmp_path, num_train_epochs=1).train()
+    assert len(RewardModel.from_pretrained(tmp_path / "run/model").scores(["abc"])) == 1
+
+
+def test_the_data_set_is_called_what_it_is(base, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(20)))
+    assert trainer(base, tmp_path, str(path)).dataset == str(path)
+    made = trainer(base, tmp_path, pairs(40), num_train_epochs=1)
+    made.train()
+    facts = json.loads((tmp_path / "run/model/reward.json").read_text())
+    assert facts["dataset"] == "rows from Python" and facts["normalized"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,11 +101,16 @@ def test_a_sum_is_scored_and_shown_by_objective():
     assert scorer.train(rollout).tolist() == [5 - 0.25, 1.0]
     scorer.train(FakeRollout(["cccc"]))
     assert scorer.take_metrics() == {
-        "objective/length": pytest.approx(10 / 3),
-        "objective/repetition": pytest.approx(-0.5 / 3),
+        "reward/length": pytest.approx(10 / 3),
+        "reward/repetition": pytest.approx(-0.5 / 3),
     }
     assert scorer.take_metrics() == {}
     assert scorer.name == "length + repetition"
+    # Whatever a function is called, the trainer's own figures stay.
+    scorer = RewardScorer([length, lambda completions, **_: [0.0] * len(completions)])
+    scorer.objectives[1] = replace(scorer.objectives[1], name="kl")
+    scorer.train(rollout)
+    assert scorer.take_metrics() == {"reward/length": 3.0, "reward/kl": 0.0}
     # One objective as it is says nothing that objective/scores does not.
     plain = RewardScorer(length)
     plain.train(rollout)
@@ -125,7 +131,7 @@ def test_a_function_may_return_several_objectives():
 
     scorer = RewardScorer(both, RewardSettings(reward_weights=[1.0, 10.0]))
     assert scorer.train(FakeRollout(["ab", "abc"])).tolist() == [-8.0, -7.0]
-    assert scorer.take_metrics() == {"objective/both[0]": 2.5, "objective/both[1]": -1.0}
+    assert scorer.take_metrics() == {"reward/both[0]": 2.5, "reward/both[1]": -1.0}
     both.objectives = ("length", "cost")
     scorer = RewardScorer(both)
     scorer(FakeRollout(["ab"]))

@@ -3,7 +3,9 @@
 import pytest
 from run_folders import make_run
 
+from fastrlhf.cli import main
 from fastrlhf.errors import UserError
+from fastrlhf.reward_config import RewardConfig
 from fastrlhf.run_files import is_run, read_json_lines, read_run
 
 
@@ -37,3 +39,15 @@ def test_folders_without_a_run(tmp_path):
     (tmp_path / "empty/metrics.jsonl").touch()
     with pytest.raises(UserError, match="has finished no rollout yet"):
         read_run(tmp_path / "empty")
+
+
+def test_the_run_of_a_reward_model_is_told_from_others(tmp_path, capsys):
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss/reward": 0.5}\n')
+    (folder / "config.yaml").write_text(RewardConfig().to_yaml())
+    with pytest.raises(UserError, match=r"trained a reward model, not a policy"):
+        read_run(folder)
+    for verb in ("report", "eval", "plot"):
+        assert main([verb, str(folder)]) == 2
+        assert "trained a reward model" in capsys.readouterr().err

@@ -73,8 +73,10 @@ def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
         return [Objective(function, load_from_file(path, function))]
     if Path(reward.partition("#")[0]).is_dir() or is_hub_name(reward):
         from .classifier import load_classifier
+        from .model import named
 
-        return [Objective(Path(reward).name, load_classifier(reward))]
+        name = named(reward) if Path(reward).is_dir() else Path(reward).name
+        return [Objective(name, load_classifier(reward))]
     if reward.isidentifier() and reward not in REWARDS:
         raise UserError(f"no reward {reward!r}: give file.py:function; {nearest(reward, REWARDS)}")
     return parse(reward)
@@ -163,7 +165,7 @@ class RewardScorer:
         if table.shape[1] > 1 or self.shaper.changes:
             for name, column in zip(self.names, table.T, strict=True):
                 judged = column[~column.isnan()]
-                total = self.sums.setdefault(f"objective/{name}", [0.0, 0])
+                total = self.sums.setdefault(f"reward/{name}", [0.0, 0])
                 total[0] += float(judged.sum())
                 total[1] += len(judged)
         return self.shaper(table, self.weights)

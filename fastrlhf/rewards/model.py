@@ -25,32 +25,74 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, check_fit
 from ..adapters import LoraSettings
 from ..backbone import SharedBackbone
+from ..checkpoint import in_place
+from ..data import text_ids
 from ..errors import UserError
 from ..heads import RewardHead
+from ..identity import sampled
 from ..pretrained import Pretrained, find_pretrained
 from ..text_states import TextStates
 
-__all__ = ["RewardModel", "fingerprint", "is_reward_model", "save_reward_model"]
+__all__ = [
+    "RewardModel",
+    "fingerprint",
+    "is_reward_model",
+    "named",
+    "same_base",
+    "save_reward_model",
+]
 
 FACTS = "reward.json"
 SCORE = f"{PREFIX}score.weight"
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Tells one base from another: of the first token embeddings, in bfloat16."""
-    weight = model.get_input_embeddings().get_parameter("weight")
-    rows = weight[:64].detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+@torch.no_grad()
+def fingerprint(backbone: SharedBackbone) -> dict[str, str | None]:
+    """Tells one base from another: of some numbers of every frozen weight, in bfloat16.
+
+    The layers' matrices have one of their own, None where they are quantised. The output head is
+    not in it: rewards are not computed with it, and it may train.
+    """
+    model = backbone.adapters.model
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = {id(p) for p in inputs.parameters()}
+    output = {id(p) for p in outputs.parameters()} - embeddings
+    digests = {"matrices": hashlib.sha256(), "rest": hashlib.sha256()}
+    quantized = False
+    with backbone.base.placed(originals=True):
+        named = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters()}
+        for name, p in sorted(named.items()):
+            if "lora_" in name or id(p) in output:
+                continue
+            kind = "matrices" if p.ndim > 1 and id(p) not in embeddings else "rest"
+            quantized |= not p.is_floating_point()
+            numbers = sampled(p).to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes()
+            digests[kind].update(name.encode() + numbers)
+    found: dict[str, str | None] = {k: d.hexdigest()[:16] for k, d in digests.items()}
+    return found | ({"matrices": None} if quantized else {})
+
+
+def same_base(ours: dict[str, str | None], kept: Any) -> bool:
+    """Whether two fingerprints are of one base, as far as both tell."""
+    if not isinstance(kept, dict):
+        return False
+    matrices = {ours["matrices"], kept.get("matrices")} - {None}
+    return ours["rest"] == kept.get("rest") and len(matrices) < 2
 
 
 def is_reward_model(folder: str | Path) -> bool:
     """Whether ``folder`` is one that `save_reward_model` wrote."""
     return (Path(folder) / FACTS).is_file()
+
+
+def named(folder: str | Path) -> str:
+    """What a reward model is called: all runs' own folders of it are called `model`."""
+    path = Path(folder).absolute()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def save_reward_model(
@@ -62,9 +104,23 @@ def save_reward_model(
         base: where the base model is loaded from.
         facts: kept in its reward.json: what the model was trained on and how good it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    head, peft = backbone.reward_head, backbone.adapters.peft
-    assert head is not None and peft is not None
+    head = backbone.reward_head
+    assert head is not None
+    facts = {
+        "bias": float(head.linear.bias),
+        "base": base,
+        "base_fingerprint": fingerprint(backbone),
+        **facts,
+    }
+    with in_place(folder) as made:
+        write_adapter(backbone, made, base, head)
+        (made / FACTS).write_text(json.dumps(facts, indent=2))
+        if backbone.tokenizer is not None:
+            backbone.tokenizer.save_pretrained(made)
+    return folder
+
+
+def write_adapter(backbone: SharedBackbone, folder: Path, base: str, head: RewardHead) -> None:
     (name,) = backbone.roles["reward"]
     backbone.adapters.save(folder, [name])
     # PEFT writes an adapter that is not the default one to a folder of its name.
@@ -81,16 +137,6 @@ def save_reward_model(
         "base_model_name_or_path": base,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
-    facts = {
-        "bias": float(head.linear.bias),
-        "base": base,
-        "base_fingerprint": fingerprint(backbone.model),
-        **facts,
-    }
-    (folder / FACTS).write_text(json.dumps(facts, indent=2))
-    if backbone.tokenizer is not None:
-        backbone.tokenizer.save_pretrained(folder)
-    return folder
 
 
 class RewardFile:
@@ -122,19 +168,20 @@ class RewardFile:
         found = self.config.layers_to_transform
         return [found] if isinstance(found, int) else sorted(found or [])
 
-    def check_base(self, model: PreTrainedModel) -> None:
+    def check_base(self, backbone: SharedBackbone) -> None:
         """Refuse a model on which this reward model was not trained."""
-        if fingerprint(model) != self.facts.get("base_fingerprint"):
+        if not same_base(fingerprint(backbone), self.facts.get("base_fingerprint")):
+            model = backbone.model
             ours = model.config._name_or_path or f"this {model.config.model_type} model"
             raise UserError(
                 f"the reward model in {self.folder} was trained on {self.base}, not on {ours}, so "
                 "they cannot share a backbone; set reward_backbone: own, or give one of that base"
             )
 
-    def adapter(self, model: PreTrainedModel, first_layer: int) -> AdapterFile:
-        """Its adapter, checked against ``model``."""
-        self.check_base(model)
-        check_fit(self.folder, self.config, self.state, model, first_layer)
+    def adapter(self, backbone: SharedBackbone, first_layer: int) -> AdapterFile:
+        """Its adapter, checked against the model of ``backbone``."""
+        self.check_base(backbone)
+        check_fit(self.folder, self.config, self.state, backbone.model, first_layer)
         return AdapterFile(self.folder, self.config, self.state)
 
     def fill(self, head: RewardHead) -> None:
@@ -165,7 +212,7 @@ class RewardModel:
         self.tokenizer: Any = tokenizer or getattr(backbone, "tokenizer", None)
         self.file = file
         self.microbatch_tokens = microbatch_tokens
-        self.__name__ = "reward_model" if file is None else file.folder.name
+        self.__name__ = "reward_model" if file is None else named(file.folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:
@@ -183,14 +230,20 @@ class RewardModel:
             UserError: another base, or a policy whose trained layers are not adapters or begin
                 above this model's.
         """
-        assert self.file is not None, "a reward model that has a backbone already"
+        if self.file is None or self.backbone is not None:
+            return  # it has a backbone already
+        if "reward" in backbone.roles:
+            raise UserError(
+                "one reward model shares the policy's backbone already; for another one leave "
+                "reward_backbone at auto"
+            )
         if backbone.lora is None:
             raise UserError(
                 "a reward model shares the backbone of a policy that trains adapters; set "
                 "use_peft: true, or reward_backbone: own"
             )
         depth = backbone.decoder.config.num_hidden_layers
-        adapter = self.file.adapter(backbone.model, depth - backbone.top)
+        adapter = self.file.adapter(backbone, depth - backbone.top)
         backbone.adapters.load("reward", adapter)
         backbone.roles["reward"] = ("reward",)
         head = RewardHead(backbone.decoder.config.hidden_size).to(backbone.device)
@@ -219,7 +272,7 @@ class RewardModel:
     def scores(self, texts: Sequence[str]) -> Tensor:
         """Of whole texts, [n] float32."""
         backbone = self.load()
-        tokens = [self.tokenizer(text)["input_ids"] for text in texts]
+        tokens = [text_ids(text, self.tokenizer) for text in texts]
         for number, (ids, text) in enumerate(zip(tokens, texts, strict=True), start=1):
             if not ids:
                 raise UserError(f"text {number} is empty ({text!r}); a reward model needs a token")
@@ -258,7 +311,7 @@ def load_reward_backbone(file: RewardFile, found: Pretrained) -> SharedBackbone:
         reference=False,
         tokenizer=found.tokenizer,
     )
-    adapter = file.adapter(backbone.model, first)
+    adapter = file.adapter(backbone, first)
     assert backbone.adapters.peft is not None and backbone.reward_head is not None
     set_peft_model_state_dict(backbone.adapters.peft, adapter.state, adapter_name="reward")
     file.fill(backbone.reward_head)
