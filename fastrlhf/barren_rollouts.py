@@ -36,9 +36,11 @@ class BarrenRollouts:
             scores: [B]; NaN, where the reward did not judge, does not count.
         """
         judged = scores[~scores.isnan()]
-        spread = float(judged.std(correction=0)) if len(judged) else 0.0
+        # The mean of equal numbers is rounded, so that their deviation may not be 0.
+        differ = len(judged) > 1 and bool(judged.max() > judged.min())
+        spread = float(judged.std(correction=0)) if differ else 0.0
         figures = {"objective/scores_std": spread}
-        if len(judged) > 1 and spread == 0:
+        if len(judged) > 1 and not differ:
             self.once(
                 "equal",
                 f"all {len(judged)} scores of a rollout are {float(judged[0]):g}: there is nothing "

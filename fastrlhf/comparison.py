@@ -19,6 +19,8 @@ from torch import Tensor
 __all__ = ["Comparison", "Interval", "compare", "mean_interval"]
 
 DRAWS = 4000
+# Counts that are held at a time: 2^20 of them and their draws are 16 MiB.
+HELD = 2**20
 LEVEL = 0.95
 
 
@@ -72,10 +74,12 @@ def bootstrap(columns: Tensor, seed: int) -> list[Interval]:
     rows = len(columns)
     generator = torch.Generator().manual_seed(seed)
     # How often each row is drawn says as much as which ones, in a matrix product.
-    drawn = torch.randint(rows, (DRAWS, rows), generator=generator)
-    counts = torch.zeros(DRAWS, rows, dtype=columns.dtype)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=columns.dtype))
-    means = counts @ columns / rows
+    means = columns.new_empty(DRAWS, columns.shape[1])
+    for part in means.split(max(1, HELD // rows)):
+        drawn = torch.randint(rows, (len(part), rows), generator=generator)
+        counts = columns.new_zeros(len(part), rows)
+        counts.scatter_add_(1, drawn, columns.new_ones(1).expand_as(drawn))
+        part.copy_(counts @ columns / rows)
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=columns.dtype)
     low, high = torch.quantile(means, edges, dim=0).tolist()
     exact = columns.mean(0).tolist()

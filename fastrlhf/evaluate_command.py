@@ -71,8 +71,8 @@ def evaluate_command(asked: Asked, *, as_json: bool, samples: int) -> int:
         UserError: no such run, model, data set or reward.
     """
     config = settings(asked)
-    trained_on = [config.reward] if isinstance(config.reward, str) else config.reward
-    scorers = {name: RewardScorer(name) for name in asked.rewards or trained_on}
+    asked, config = with_given(asked, config)
+    scorers = judges(asked, config)
     rows = load_rows(asked.dataset or config.dataset)
     source = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     prompts = chosen_prompts(asked, config, rows, source)
@@ -97,6 +97,54 @@ def evaluate_command(asked: Asked, *, as_json: bool, samples: int) -> int:
     report |= {"reference": (asked.reference or config.model) if base else None}
     print(json.dumps(report) if as_json else told(report, samples))
     return 0
+
+
+def judges(asked: Asked, config: PPOConfig) -> dict[str, RewardScorer]:
+    """Those asked for, else the run's own, each by itself."""
+    own = [config.reward] if isinstance(config.reward, str) else config.reward
+    if asked.rewards:
+        # The weights and bounds of a run are those of its own rewards.
+        config = replace(config, reward_weights=None, reward_bounds=None)
+    elif len(own) > 1:
+        config = replace(config, reward_weights=None)
+    return {name: RewardScorer(name, config) for name in asked.rewards or own}
+
+
+def given_of(policy: str) -> dict[str, Any]:
+    """What a run was given in place of settings (`metrics.RunFolder.note_given`)."""
+    path = Path(policy) / "given.json"
+    return json.loads(path.read_text()) if is_run(policy) and path.is_file() else {}
+
+
+def with_given(asked: Asked, config: PPOConfig) -> tuple[Asked, PPOConfig]:
+    """The same, with what the run was given from Python in place of its settings.
+
+    Raises:
+        UserError: something that has no name, and nothing is asked for in its place.
+    """
+    given = given_of(asked.policy)
+    model, train, held_out, reward = (
+        given.get(name) for name in ("model", "train_dataset", "eval_dataset", "reward")
+    )
+    unnamed = "given from Python, so that its folder cannot name what to load"
+    if model is True:
+        raise UserError(
+            f"the run in {asked.policy} trained a model given from Python; give one of its "
+            "checkpoints as a model (`fastrlhf export`)"
+        )
+    if asked.dataset is None and True in (held_out, train if held_out is None else None):
+        raise UserError(f"the run's prompts were {unnamed}; give --dataset")
+    if not asked.rewards and reward is True:
+        raise UserError(f"the run's reward was {unnamed}; give --reward")
+    if isinstance(model, str):
+        config = replace(config, model=model)
+    if isinstance(train, str):
+        config = replace(config, dataset=train)
+    if reward not in (None, True):
+        config = replace(config, reward=reward)
+    if isinstance(held_out, str) and asked.dataset is None:
+        asked = replace(asked, dataset=held_out)
+    return asked, config
 
 
 def say(text: str) -> None:
@@ -150,7 +198,10 @@ def chosen_prompts(
         context=context_length(source.config),
         response_length=config.response_length,
     )
+    given = given_of(asked.policy)
     own = is_run(asked.policy) and asked.dataset in (None, config.dataset)
+    # Training held none of these prompts out: it had others.
+    own = own and given.get("eval_dataset") is None and given.get("train_dataset") is not True
     if own:
         # As they were split for training, whatever --seed is now.
         trained = run_settings(Path(asked.policy) / "config.yaml")
@@ -168,6 +219,11 @@ def plain_model(source: Pretrained, asked: Asked, config: PPOConfig, device: str
     reference = None
     if asked.reference is not None:
         found = find_pretrained(asked.reference, trust_remote_code=config.trust_remote_code)
+        if found.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+            raise UserError(
+                f"{asked.reference} has other tokens than {asked.policy}, so that neither its "
+                "answers nor the KL can be compared; give a --reference with the same tokenizer"
+            )
         reference = found.load(dtype=torch.float32, device=device)
     return SharedBackbone.load(
         source,

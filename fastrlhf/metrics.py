@@ -30,7 +30,7 @@ METRICS = "metrics.jsonl"
 class RunFolder:
     """A folder that belongs to one run.
 
-    Holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and plots.
+    Holds config.yaml, given.json, metrics.jsonl, samples.jsonl, checkpoints/ and plots.
 
     Args:
         path: the folder, or None for the first free `runs/<name>`, numbered.
@@ -43,10 +43,24 @@ class RunFolder:
 
     def __init__(self, path: str | None, name: str):
         self.numbered = path is None
+        self.given: dict[str, Any] = {}
         self.path = free_folder(Path("runs"), name) if path is None else Path(path)
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             raise self.unwritable("not a folder that you may write to")
+
+    def note_given(self, model: Any, train_dataset: Any, eval_dataset: Any, reward: Any) -> None:
+        """Note what was given from Python in place of settings, for given.json.
+
+        Names are kept as they are; of whatever has none, True says that it was given.
+        """
+
+        def name(value: Any) -> Any:
+            named = isinstance(value, list) and all(isinstance(x, str) for x in value)
+            return value if value is None or isinstance(value, str) or named else True
+
+        self.given = {"model": name(model), "train_dataset": name(train_dataset)}
+        self.given |= {"eval_dataset": name(eval_dataset), "reward": name(reward)}
 
     @property
     def holds_run(self) -> bool:

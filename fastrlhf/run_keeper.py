@@ -6,6 +6,7 @@ whatever else breaks the block off, the weights are saved as `interrupted`.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,6 +92,7 @@ class RunKeeper:
             self.folder.make()
         self.checkpoints.check_room()
         self.folder.write_text("config.yaml", self.config.to_yaml())
+        self.folder.write_text("given.json", json.dumps(self.folder.given) + "\n")
         return done
 
     def step_done(self, number: int) -> None:

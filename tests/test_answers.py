@@ -40,6 +40,21 @@ def test_the_last_answer_counts():
     assert final_answer("just this ") == "just this"
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{\frac{1}{2}} no, \boxed{\frac{3}{x^{2}}}.", r"\frac{3}{x^{2}}"),
+        (r"\boxed{1} then \boxed{\text{two}}", r"\text{two}"),
+        (r"\boxed{\{1, 2}", r"\{1, 2"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{4} and \boxed{cut \frac{1}", "4"),
+        (r"<answer>5</answer> \boxed{cut", "5"),
+    ],
+)
+def test_braces_within_an_answer(text, answer):
+    assert final_answer(text) == answer
+
+
 @pytest.mark.skipif(not HAS_MATH, reason=INSTALL)
 def test_equal_as_mathematics():
     run_examples(math_answer)
@@ -48,6 +63,22 @@ def test_equal_as_mathematics():
         answer=["1+x", "x+1", r"\frac{1}{2}", 8, None],
     )
     assert found == [1.0, 1.0, 1.0, 0.0, None]
+
+
+@pytest.mark.skipif(not HAS_MATH, reason=INSTALL)
+def test_an_answer_without_end():
+    found = math_answer(completions=[r"\boxed{9^{9^{9^{9}}}}", "0.5"], answer=["1/2", "1/2"])
+    assert found == [0.0, 1.0]
+
+
+@pytest.mark.skipif(not HAS_GYM, reason=INSTALL)
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [("composite", {}), ("chain_sum", {"max_termz": 3}), ("chain_sum", {"max_terms": "a"})],
+)
+def test_settings_that_a_task_does_not_take(task, settings):
+    with pytest.raises(UserError, match=f"the task '{task}' cannot be drawn with the settings"):
+        procedural_rows(task, 2, **settings)
 
 
 @pytest.mark.skipif(not HAS_GYM, reason=INSTALL)

@@ -38,6 +38,13 @@ def test_scores_that_are_all_the_same(scores):
     assert "all 2 scores of a rollout are 0.5" in told
 
 
+def test_equal_scores_whose_mean_is_rounded():
+    scores = [0.1] * 8
+    assert torch.tensor(scores).std(correction=0) > 0
+    figures, (told,) = observe(scores, [True] * 8)
+    assert figures["objective/scores_std"] == 0 and "all 8 scores of a rollout are 0.1" in told
+
+
 def test_scores_that_differ_or_are_alone():
     figures, told = observe([0.0, 1.0], [True, True])
     assert figures["objective/scores_std"] == 0.5 and not told

@@ -1,5 +1,7 @@
 """Classifiers of transformers as rewards: which logit, whatever is padded, and what is refused."""
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -51,3 +53,23 @@ def test_a_folder_is_a_reward_by_its_path(tmp_path):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"cannot be loaded .*give a folder that `fastrlhf reward`"):
         load_classifier(str(tmp_path))
+
+
+def test_of_a_text_that_is_too_long_the_end_is_judged(tmp_path):
+    reward = load_classifier(folder(tmp_path / "judge", ["score"]))
+    longest = tiny.config().max_position_embeddings
+    assert reward.longest == longest
+    with pytest.warns(UserWarning, match=rf"reads {longest} tokens, and a text has {longest + 5}"):
+        cut = reward(prompts=["a" * longest], completions=["b" * 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        other = reward(prompts=["a" * longest], completions=["c" * 5])
+        whole = reward(prompts=["a" * (longest - 5)], completions=["b" * 5])
+    assert cut == pytest.approx(whole, rel=1e-4) and cut != pytest.approx(other, rel=1e-4)
+
+
+def test_a_text_that_just_fits_is_no_warning(tmp_path):
+    reward = load_classifier(folder(tmp_path / "judge", ["score"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(prompts=["a" * 60], completions=["bcde"])

@@ -1,12 +1,15 @@
 """`fastrlhf eval` on runs of every kind and on models: their own figures again, and a fair pair."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 import tiny
 
+from fastrlhf import PPOConfig, PPOTrainer, evaluate_command
 from fastrlhf.cli import main
+from fastrlhf.config import load_config
 
 SETTINGS = dict(
     model="model", dataset="prompts.jsonl", reward="mine.py:letters", total_episodes=96,
@@ -131,3 +134,78 @@ def test_a_checkpoint_of_another_model(run, folder):
     status, _, err = run("top")
     weights.write_bytes(kept)
     assert status == 2 and "cannot be read" in err
+
+
+def test_a_run_that_was_given_its_parts_from_python(run, folder):
+    def many_e(completions, **_):
+        return [text.count("e") / 4 for text in completions]
+
+    args = load_config(str(folder / "lora/config.yaml"), ())
+    args = dataclasses.replace(args, output_dir="python", total_episodes=32, reward="sentiment")
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    (folder / "held.jsonl").write_text('{"prompt": "q"}\n{"prompt": "r"}')
+    held_out = [{"prompt": "q"}, {"prompt": "r"}]
+    PPOTrainer("model", many_e, args, rows, held_out).train()
+    given = json.loads((folder / "python/given.json").read_text())
+    assert given == {"model": "model", "train_dataset": True, "eval_dataset": True, "reward": True}
+    for words, message in (
+        ([], "the run's prompts were given from Python"),
+        (["--dataset=held.jsonl"], "the run's reward was given from Python"),
+        (["--reward=mine.py:letters"], "give --dataset"),
+    ):
+        status, out, err = run("python", *words)
+        assert status == 2 and out == "" and message in err
+    words = ["--dataset=held.jsonl", "--reward=mine.py:letters", "--json"]
+    status, out, err = run("python", *words)
+    assert status == 0, err
+    kept = [json.loads(x) for x in (folder / "python/evaluations.jsonl").read_text().splitlines()]
+    report = json.loads(out)
+    assert report["prompts"] == 2
+    value = report["rewards"]["mine.py:letters"]["policy"]["value"]
+    assert value == pytest.approx(kept[-1]["score"], abs=1e-6)
+    # The settings' own data set was not what training held prompts out of.
+    status, out, _ = run("python", "--dataset=prompts.jsonl", *words[1:])
+    assert status == 0 and json.loads(out)["prompts"] == 64
+
+
+def test_names_given_from_python_take_the_place_of_settings(run, folder):
+    assert set(json.loads((folder / "top/given.json").read_text()).values()) == {None}
+    (folder / "held.jsonl").write_text('{"prompt": "q"}\n{"prompt": "r"}')
+    given = {"reward": ["mine.py:length"], "eval_dataset": "held.jsonl"}
+    (folder / "top/given.json").write_text(json.dumps(given))
+    status, out, err = run("top", "--json")
+    (folder / "top/given.json").unlink()
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["prompts"] == 2 and list(report["rewards"]) == ["mine.py:length"]
+
+
+def test_judges_have_the_runs_settings():
+    settings = PPOConfig(
+        reward=["sentiment", "repetition"], reward_timeout=7.0, reward_retries=5,
+        reward_weights=[1.0, 2.0], reward_bounds=[-1, 1],
+    )  # fmt: skip
+    asked = evaluate_command.Asked("run")
+    for scorer in evaluate_command.judges(asked, settings).values():
+        kept = scorer.settings
+        assert (kept.reward_timeout, kept.reward_retries, kept.reward_weights) == (7.0, 5, None)
+        assert kept.reward_bounds == [-1, 1]
+    one = dataclasses.replace(settings, reward="sentiment + repetition")
+    (scorer,) = evaluate_command.judges(asked, one).values()
+    assert scorer.settings.reward_weights == [1.0, 2.0]
+    asked = evaluate_command.Asked("run", rewards=["length_band"])
+    (scorer,) = evaluate_command.judges(asked, settings).values()
+    kept = scorer.settings
+    assert kept.reward_timeout == 7.0 and kept.reward_weights is kept.reward_bounds is None
+
+
+def test_a_reference_with_other_tokens(run, folder):
+    tiny.folder(folder / "other")
+    path = folder / "other/tokenizer.json"
+    text = json.loads(path.read_text())
+    vocabulary = text["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(text))
+    words = ["--dataset=prompts.jsonl", "--reward=mine.py:letters", "--reference=other"]
+    status, out, err = run("model", *words)
+    assert status == 2 and out == "" and "other has other tokens than model" in err

@@ -41,6 +41,7 @@ def test_all_that_ships_is_registered_with_bounds_and_an_example():
         ("sentiment(3)", "takes no settings"),
         ("format_match", r"needs pattern: write format_match\(pattern=…\)"),
         ("length_band(sentiment)", "is no sum like"),
+        ("length_band({[]: 1})", "is no sum like"),
         ("sentiment + sentiment", "names sentiment twice"),
     ],
 )

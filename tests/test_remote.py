@@ -1,7 +1,9 @@
 """Judges that answer late: asked again when that may help, and named when it does not."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -138,3 +140,95 @@ def test_errors_of_the_judge_itself_are_not_tried_again():
 def test_the_timeout_reaches_the_address():
     (objective,) = load_objectives("https://example.org/judge", timeout=7.0)
     assert isinstance(objective.function, RemoteReward) and objective.function.timeout == 7.0
+
+
+def test_coroutines_share_one_event_loop():
+    """A session that one call opened serves the next."""
+    loops = []
+
+    async def judged(completions, **_):
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(completions)
+
+    assert ask(judged) == ask(judged) == [1.0]
+    assert loops[0] is loops[1] and not loops[0].is_closed()
+
+
+def test_a_coroutine_that_blocks_is_late_and_holds_up_no_other(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(remote, "BLOCKED", 0.1)
+    freed = threading.Event()
+
+    async def blocks(**_):
+        freed.wait(30)
+
+    async def answers(completions, **_):
+        return [1.0] * len(completions)
+
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=r"'blocks' did not answer within 0.1 s, 1 times"):
+        ask(blocks, reward_timeout=0.1, reward_retries=0)
+    assert ask(answers, reward_timeout=10) == [1.0]
+    freed.set()
+    assert time.perf_counter() - begin < 10
+
+
+def test_waits_between_attempts_double(monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+
+    def fails():
+        raise ConnectionError("gone")
+
+    with pytest.raises(UserError, match=r"failed \(gone\), 4 times"):
+        attempts(fails, "judge", timeout=1, retries=3)
+    assert waits == [0.5, 1, 2]
+
+
+@pytest.fixture
+def raw_server():
+    """Of what an address sends, byte for byte: `serve(pieces, wait)` gives its URL."""
+    opened, closing = [], threading.Event()
+
+    def serve(pieces, wait):
+        listening = socket.create_server(("127.0.0.1", 0))
+        opened.append(listening)
+
+        def work():
+            while True:
+                try:
+                    asker, _ = listening.accept()
+                except OSError:
+                    return
+                with asker, contextlib.suppress(OSError):
+                    asker.recv(65536)
+                    for piece in pieces:
+                        asker.sendall(piece)
+                        if closing.wait(wait):
+                            break
+
+        threading.Thread(target=work, daemon=True).start()
+        return f"http://127.0.0.1:{listening.getsockname()[1]}/"
+
+    yield serve
+    closing.set()
+    for listening in opened:
+        listening.close()
+
+
+def test_an_answer_that_drips_in_is_late(raw_server, monkeypatch):
+    monkeypatch.undo()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n"
+    url = raw_server([head, *[b" "] * 300], 0.1)
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=r"did not answer within 0.5 s, 1 times"):
+        ask(url, reward_timeout=0.5, reward_retries=0)
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n[1", b"nonsense\r\n\r\n"]
+)
+def test_an_answer_that_breaks_off_is_tried_again(raw_server, answer):
+    with pytest.raises(UserError, match=r"failed \(its answer broke off: .*\), 2 times"):
+        ask(raw_server([answer], 0), reward_retries=1)

@@ -212,3 +212,46 @@ def test_reward_models_are_shared_where_they_can_be():
     assert said == ["the reward model has a base of its own: another base"]
     with pytest.raises(UserError, match="another base"):
         RewardScorer(Model(), RewardSettings(reward_backbone="shared")).share("other", None)
+
+
+def test_an_answer_of_none_alone_has_as_many_columns_as_the_others():
+    judging = True
+
+    def both(completions, **_):
+        return [[1.0, 2.0] if judging else None for _ in completions]
+
+    scorer = RewardScorer([both, length], RewardSettings(reward_normalization="running"))
+    scorer.train(FakeRollout(["ab", "abc"]))
+    judging = False
+    assert scorer.table(FakeRollout(["ab"])).shape == (1, 3)
+    assert not scorer.train(FakeRollout(["ab"])).isnan().any()
+    # A resumed run knows it too.
+    resumed = RewardScorer([both, length])
+    resumed.load_state_dict(json.loads(json.dumps(scorer.state_dict())))
+    assert resumed.table(FakeRollout(["ab"])).shape == (1, 3)
+    # Before the first judgement: what is declared, or as many as weights.
+    weighted = RewardScorer(both, RewardSettings(reward_weights=[1.0, 2.0]))
+    assert weighted(FakeRollout(["ab"])).isnan().all()
+    both.objectives = ("one", "two")
+    assert RewardScorer(both)(FakeRollout(["ab"])).isnan().all()
+
+
+def test_moments_begin_with_the_first_judgement():
+    answers = iter([[None, None], [[1.0, 2.0], [3.0, 5.0]]])
+    scorer = RewardScorer(lambda **_: next(answers), RewardSettings(reward_normalization="running"))
+    assert scorer.train(FakeRollout(["a", "b"])).isnan().all()
+    assert not scorer.train(FakeRollout(["a", "b"])).isnan().any()
+
+
+def test_columns_do_not_change_what_a_reward_was_set_to():
+    scorer = RewardScorer("length_band(1, 2)")
+    assert scorer.judge(["p"], ["one two"], [[1]], [{"low": 50, "high": 60}]) == [1.0]
+    for name in ("prompts", "completions", "completion_ids"):
+        with pytest.raises(UserError, match=f"has a column '{name}'.*rename it"):
+            scorer.judge(["p"], ["one two"], [[1]], [{name: 1}])
+
+
+def test_a_folder_does_not_hide_a_shipped_reward(tmp_path, monkeypatch):
+    (tmp_path / "sentiment").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("sentiment") is sentiment

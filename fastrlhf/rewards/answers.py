@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, nearest
+from .math_judge import MathJudge
 from .registry import register
 
 __all__ = ["exact_answer", "math_answer", "procedural_rows", "verified"]
@@ -24,14 +25,26 @@ INSTALL = "pip install 'fastrlhf[verify]'"
 # Seeds of one data set are this far from those of the next.
 SEED_SPACING = 10_000_000
 ATTEMPTS = 20
+MATH = MathJudge()
 
 
 def final_answer(text: str) -> str:
     """What a text gives as its answer: in the last box or tag, else all of it."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text) or re.findall(
-        r"<answer>(.*?)</answer>", text, re.DOTALL
-    )
-    return (boxed[-1] if boxed else text).strip()
+    starts = [match.end() for match in re.finditer(r"\\boxed\{", text)]
+    boxed = [x for start in reversed(starts) if (x := up_to_its_brace(text[start:])) is not None]
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return (boxed[0] if boxed else tagged[-1] if tagged else text).strip()
+
+
+def up_to_its_brace(text: str) -> str | None:
+    """``text`` up to the brace that closes one before it; None where there is none."""
+    depth = 1
+    # Escaped braces are characters of the answer.
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return text[: match.start()]
+    return None
 
 
 @register("exact_answer", bounds=(0.0, 1.0))
@@ -63,25 +76,19 @@ def math_answer(
 ) -> list[float | None]:
     r"""1 where the answer equals the row's column `answer` as mathematics (math-verify).
 
-    `1/2`, `0.5` and `\frac{1}{2}` are equal. Rows without an answer are not judged.
+    `1/2`, `0.5` and `\frac{1}{2}` are equal. Rows without an answer are not judged; what takes
+    math-verify longer than 5 seconds counts 0.
 
         >>> math_answer(completions=[r"\boxed{\frac{1}{2}}", "0.4"], answer=["1/2", "1/2"])
         [1.0, 0.0]
     """
     try:
-        from math_verify import parse, verify
+        import math_verify  # noqa: F401  judges in a process of its own
     except ImportError as error:
         raise UserError(f"the reward 'math_answer' needs math-verify; run: {INSTALL}") from error
     check_answers(answer, completions, "math_answer")
-
-    def right(text: str, truth: object) -> float:
-        # Its time-outs are signals, which only the main thread gets.
-        gold = parse(f"${truth}$", parsing_timeout=None)
-        given = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
-        return float(verify(gold, given, timeout_seconds=None))
-
     return [
-        None if truth is None else right(text, truth)
+        None if truth is None else float(MATH.equal(str(truth), text))
         for text, truth in zip(completions, answer, strict=True)
     ]
 
@@ -115,7 +122,7 @@ def procedural_rows(
         settings: of the task, like `max_terms=3`.
 
     Raises:
-        UserError: no such task, or one that does not have so many questions.
+        UserError: no such task, settings that it does not take, or too few questions.
     """
     library = gym()
     from reasoning_gym.factory import DATASETS
@@ -125,7 +132,13 @@ def procedural_rows(
     start = (2 * seed + held_out) * SEED_SPACING
     rows: dict[str, dict[str, Any]] = {}
     for attempt in range(ATTEMPTS):
-        drawn = library.create_dataset(task, size=size, seed=start + attempt * size, **settings)
+        try:
+            drawn = library.create_dataset(task, size=size, seed=start + attempt * size, **settings)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the task {task!r} cannot be drawn with the settings {settings} ({error}); give "
+                "it others"
+            ) from error
         for entry in drawn:
             rows.setdefault(
                 entry["question"],

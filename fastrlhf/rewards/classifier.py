@@ -6,6 +6,7 @@ label after the `#`: `someone/sentiment#POSITIVE`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class ClassifierReward:
             model.config.pad_token_id = tokenizer.pad_token_id
         # A decoder reads the last token that is not padding, wherever that is.
         tokenizer.padding_side = "right"
+        # What is judged stands at the end.
+        tokenizer.truncation_side = "left"
+        context = getattr(model.config, "max_position_embeddings", None)
+        self.longest = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+        self.told = False
 
     @classmethod
     def from_pretrained(cls, name: str, label: str | None = None) -> ClassifierReward:
@@ -60,6 +66,7 @@ class ClassifierReward:
 
         try:
             model = AutoModelForSequenceClassification.from_pretrained(name).eval()
+            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -87,12 +94,25 @@ class ClassifierReward:
         texts = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), BATCH):
+            batch = texts[start : start + BATCH]
             given = self.tokenizer(
-                texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt"
+                batch, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
             )
+            if not self.told and given["input_ids"].shape[1] == self.longest:
+                self.tell_truncation(batch)
             logits = self.model(**given.to(self.model.device)).logits.float()
             one = logits.shape[1] == 1
             scores += (
                 logits[:, 0] if one else logits.log_softmax(-1)[:, self.column or 0]
             ).tolist()
         return scores
+
+    def tell_truncation(self, texts: Sequence[str]) -> None:
+        found = max(map(len, self.tokenizer(list(texts), verbose=False)["input_ids"]))
+        if found > self.longest:
+            self.told = True
+            warnings.warn(
+                f"the judge {self.__name__!r} reads {self.longest} tokens, and a text has {found}: "
+                "of such texts it sees the end; shorten prompts or response_length",
+                stacklevel=3,
+            )

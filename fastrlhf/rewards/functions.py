@@ -71,13 +71,14 @@ def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
     path, colon, function = reward.rpartition(":")
     if colon and path.endswith(".py"):
         return [Objective(function, load_from_file(path, function))]
-    if Path(reward.partition("#")[0]).is_dir() or is_hub_name(reward):
+    named = reward in REWARDS  # whatever folder has the same name
+    if not named and (Path(reward.partition("#")[0]).is_dir() or is_hub_name(reward)):
         from .classifier import load_classifier
-        from .model import named
+        from .model import folder_name
 
-        name = named(reward) if Path(reward).is_dir() else Path(reward).name
+        name = folder_name(reward) if Path(reward).is_dir() else Path(reward).name
         return [Objective(name, load_classifier(reward))]
-    if reward.isidentifier() and reward not in REWARDS:
+    if reward.isidentifier() and not named:
         raise UserError(f"no reward {reward!r}: give file.py:function; {nearest(reward, REWARDS)}")
     return parse(reward)
 
@@ -125,6 +126,8 @@ class RewardScorer:
         # Of each column: what its objective is called and its weight. Known with the first answer.
         self.names: list[str] = []
         self.weights: list[float] = []
+        # By objective, its columns in its last answer that had any.
+        self.widths: dict[str, int] = {}
         self.sums: dict[str, list[float]] = {}
 
     def share(self, backbone: Any, tokenizer: Any, say: Any = lambda text: None) -> None:
@@ -178,11 +181,12 @@ class RewardScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON."""
-        return self.shaper.state_dict()
+        return self.shaper.state_dict() | {"widths": self.widths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.shaper.load_state_dict(state)
+        self.widths = dict(state.get("widths", {}))
 
     def table(self, rollout: Rollout) -> Tensor:
         """Scores by objective, [B, K] float32; NaN where a function returned None."""
@@ -212,6 +216,7 @@ class RewardScorer:
                 )
             names += list(own) if own else numbered if width > 1 else [objective.name]
             weights += [objective.weight] * width
+            self.widths[objective.name] = width
             parts.append(found)
         given = self.settings.reward_weights
         if given is not None and len(given) != len(names):
@@ -224,8 +229,15 @@ class RewardScorer:
 
     def columns(self, objective, prompts, completions, completion_ids, columns):
         """An objective's scores, a list of them for each of its columns; NaN for None."""
-        keys = sorted(set().union(*columns)) if columns else []
-        extra = {key: [row.get(key) for row in columns] for key in keys}
+        keys = set().union(*columns) if columns else set()
+        if taken := keys & {"prompts", "completions", "completion_ids"}:
+            raise UserError(
+                f"the data set has a column {min(taken)!r}, which is what rewards are called with; "
+                "rename it"
+            )
+        # What the reward was set to is not the data's to change.
+        keys -= getattr(objective.function, "keywords", {}).keys()
+        extra = {key: [row.get(key) for row in columns] for key in sorted(keys)}
         settings = self.settings
 
         def call():
@@ -254,13 +266,25 @@ class RewardScorer:
                 "it is called with keywords prompts, completions, completion_ids and the columns"
             ) from error
         bounds = settings.reward_bounds or objective.bounds
-        return checked(scores, completions, objective.name, tuple(bounds))
+        return checked(scores, completions, objective.name, tuple(bounds), self.width(objective))
+
+    def width(self, objective: Objective) -> int:
+        """How many columns an answer of None alone has."""
+        own = getattr(objective.function, "objectives", None)
+        weights = self.settings.reward_weights
+        # Of one objective, there are as many as weights.
+        alone = len(weights) if weights and len(self.objectives) == 1 else 1
+        return len(own) if own else self.widths.get(objective.name, alone)
 
 
 def checked(
-    scores: Any, completions: Sequence[str], name: str, bounds: tuple[float, float] = UNBOUNDED
+    scores: Any,
+    completions: Sequence[str],
+    name: str,
+    bounds: tuple[float, float] = UNBOUNDED,
+    width: int = 1,
 ) -> list[list[float]]:
-    """Scores by column, NaN for None, or a sentence on what is wrong with them."""
+    """Scores by column (``width`` where none was judged), NaN for None, or what is wrong."""
     try:
         scores = list(scores)
     except TypeError as error:
@@ -280,7 +304,7 @@ def checked(
             f"the reward {name!r} returned {' and '.join(map(str, sorted(widths)))} scores a "
             "completion; return as many for each"
         )
-    width = widths.pop() if widths else 1
+    width = widths.pop() if widths else width
     numbers = []
     for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
         given = [None] * width if score is None else row

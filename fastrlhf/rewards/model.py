@@ -40,8 +40,8 @@ from ..text_states import TextStates
 __all__ = [
     "RewardModel",
     "fingerprint",
+    "folder_name",
     "is_reward_model",
-    "named",
     "same_base",
     "save_reward_model",
 ]
@@ -89,7 +89,7 @@ def is_reward_model(folder: str | Path) -> bool:
     return (Path(folder) / FACTS).is_file()
 
 
-def named(folder: str | Path) -> str:
+def folder_name(folder: str | Path) -> str:
     """What a reward model is called: all runs' own folders of it are called `model`."""
     path = Path(folder).absolute()
     return path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -212,7 +212,7 @@ class RewardModel:
         self.tokenizer: Any = tokenizer or getattr(backbone, "tokenizer", None)
         self.file = file
         self.microbatch_tokens = microbatch_tokens
-        self.__name__ = "reward_model" if file is None else named(file.folder)
+        self.__name__ = "reward_model" if file is None else folder_name(file.folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from statistics import correlation, fmean, pstdev
@@ -68,7 +68,9 @@ class HackingMonitor:
     ):
         self.config = config
         gold = config.gold if gold is None else gold
-        self.gold = None if gold is None else RewardScorer(gold)
+        # The weights and bounds are those of the reward that is trained on.
+        judged = replace(config, reward_weights=None, reward_bounds=None)
+        self.gold = None if gold is None else RewardScorer(gold, judged)
         self.tell = tell
         self.found: list[Finding] = []
         # The run's first rollouts, and its last 2 * WINDOW.

@@ -110,7 +110,7 @@ def objective(node: ast.expr, weight: float, text: str) -> Objective:
         try:
             given = dict(zip([p.name for p in settings], map(ast.literal_eval, node.args)))  # noqa: B905
             given |= {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise wrong(text) from error
         if len(node.args) > len(settings) or not given.keys() <= {p.name for p in settings}:
             takes = ", ".join(p.name for p in settings) or "no settings"
@@ -119,9 +119,6 @@ def objective(node: ast.expr, weight: float, text: str) -> Objective:
         raise UserError(f"the reward {name!r} needs {missing[0]}: write {name}({missing[0]}=…)")
     if not given:
         return Objective(name, function, weight)
-    check = getattr(function, "check", None)
-    if check is not None:
-        check(**given)
     bound = functools.partial(function, **given)
     functools.update_wrapper(bound, function)
     return Objective(name, bound, weight)

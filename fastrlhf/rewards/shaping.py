@@ -115,7 +115,8 @@ class ObjectiveShaper:
         if self.scaling == "log":
             scores = log_scaled(scores)
         if self.normalization == "running":
-            if self.moments is None:
+            # Where nothing was judged, not even the number of objectives is known for sure.
+            if self.moments is None or not self.moments.count.any():
                 self.moments = RunningMoments(scores.shape[1])
             self.moments.update(scores)
             scores = self.moments.normalize(scores)
