@@ -188,6 +188,11 @@ def check_algorithm(config: PPOConfig) -> None:
         "old_logprobs: sampled leaves KL and values unknown, which kl_coef, kl_limit and a critic "
         "need; set old_logprobs to scored",
     )
+    require(
+        config.old_logprobs == "scored" or config.engine == "fastrlhf",
+        "old_logprobs: sampled takes the sampler's word, and another engine's is off by its own "
+        "rounding; set engine to fastrlhf or old_logprobs to scored",
+    )
     check_generations(config)
     for name, readers in READ_BY.items():
         is_default = getattr(config, name) == type(config).__dataclass_fields__[name].default

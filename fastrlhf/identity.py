@@ -44,7 +44,8 @@ def identity(backbone: SharedBackbone, prompts: Iterable[PromptSet]) -> dict[str
         "config": digest(described),
         "base": base_digest(backbone),
         "trained": digest(trained),
-        "prompts": digest([[list(ids) for ids in each.tokens] for each in prompts]),
+        # Columns too: answers that rewards compare with.
+        "prompts": digest([[each.rows, [list(x) for x in each.tokens]] for each in prompts]),
     }
 
 

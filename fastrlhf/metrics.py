@@ -25,6 +25,8 @@ from .types import Experience, Rollout
 __all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
 
 METRICS = "metrics.jsonl"
+# What a run writes line by line; other files in its folder are the user's own.
+LINES = (METRICS, "evaluations.jsonl", "samples.jsonl", "findings.jsonl")
 
 
 class RunFolder:
@@ -102,7 +104,7 @@ class RunFolder:
 
     def positions(self) -> dict[str, int]:
         """How long each file of lines is, once it is on the disk."""
-        files = sorted(self.path.glob("*.jsonl"))
+        files = [path for name in LINES if (path := self.path / name).exists()]
         for path in files:
             write_through(path)
         return {path.name: path.stat().st_size for path in files}
@@ -119,11 +121,11 @@ class RunFolder:
 
     def cut(self, positions: Mapping[str, int]) -> None:
         """Bring the files of lines back to these lengths, and remove what a run's end writes."""
-        for path in self.path.glob("*.jsonl"):
+        for path in (self.path / name for name in LINES):
             if path.name in positions:
                 os.truncate(path, positions[path.name])
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
         for name in ("summary.json", "plot.png"):
             (self.path / name).unlink(missing_ok=True)
 

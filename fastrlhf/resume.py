@@ -56,8 +56,7 @@ def resume(
     if not there:
         start_over(folder, config, say)
         return Resumed(0, {})
-    found = newest_whole(there, say)
-    path, state, text = found
+    path, state, text = newest_whole(there, say, numbered(checkpoints.path))
     kept = from_mapping(parse(text, f"{path}/config.yaml"), type(config))
     rounding = check_settings_kept(f"checkpoint {path}", kept, config)
     if rounding:
@@ -68,18 +67,25 @@ def resume(
     for later in numbered(checkpoints.path):
         if step_of(later) > state["step"]:
             remove(later)
+    # What a run's end wrote is not this run's any more.
+    if (final := checkpoints.path / "final").exists():
+        remove(final)
     folder.cut(state["files"])
     say(f"going on after step {state['step']}, from {path}")
     return Resumed(state["step"], state)
 
 
-def newest_whole(there: list[Path], say: Callable[[str], None]) -> tuple[Path, Any, str]:
+def newest_whole(
+    there: list[Path], say: Callable[[str], None], known: list[Path]
+) -> tuple[Path, Any, str]:
     for path in there:
         try:
             return path, *read_whole(path)
         except Damaged as error:
             say(f"warning: {error}")
             last = error
+    if others := [path.name for path in known if path.name not in {p.name for p in there}]:
+        raise UserError(f"{last}; choose another: {' or '.join(others)}") from last
     raise UserError(f"{last}, and no other is whole; start a new run") from last
 
 

@@ -84,6 +84,10 @@ def test_what_users_of_trl_find():
         (PPOConfig, dict(dynamic_sampling=2), "dynamic_sampling replaces groups, and ppo has none"),
         (PPOConfig, dict(old_kl_coef=2.0), "old_kl_coef is read by ppo_kl, not by ppo"),
         (PPOConfig, dict(algorithm="ppo_kl", num_ppo_epochs=1), "num_mini_batches to 2 or more"),
+        (
+            GRPOConfig, dict(old_logprobs="sampled", engine="vllm"),
+            "set engine to fastrlhf or old_logprobs to scored",
+        ),
         (PPOConfig, dict(dual_clip=0.9), "dual_clip must be above 1"),
         (PPOConfig, dict(kl_controller="adaptive", kl_target=0.0), "kl_target must be above 0"),
         (PPOConfig, dict(target_kl=-1.0), "target_kl must be above 0, or null"),

@@ -189,3 +189,67 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(tmp_path, capsys, n
     assert there == ["step-000002", "step-000003"]
     make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "run"))
     assert kept(tmp_path / "run") == kept(tmp_path / "free")
+
+
+class Counting:
+    """A reward with something to carry: how often it was asked."""
+
+    __name__ = "counting"
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, **_):
+        self.calls += 1
+        return [text.count("e") / 8 + self.calls / 100 for text in completions]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_what_a_reward_function_carries_is_kept(tmp_path):
+    first = make(tmp_path, RUN, Stop(3))
+    first.reward.objectives[0] = replace(first.reward.objectives[0], function=Counting())
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    again = make(tmp_path)
+    counting = Counting()
+    again.reward.objectives[0] = replace(again.reward.objectives[0], function=counting)
+    steps = []
+    again.callbacks("on_train_begin")
+    again.keeper.begin(True)
+    steps.append(counting.calls)
+    # The evaluation before training and two rollouts.
+    assert steps == [3]
+
+
+def test_a_resume_leaves_the_users_files_and_no_final_of_before(tmp_path):
+    grown = replace(RUN, lr_scheduler_type="constant")
+    make(tmp_path, grown).train()
+    (tmp_path / "run/notes.jsonl").write_text("{}\n")
+    assert (tmp_path / "run/checkpoints/final").exists()
+    again = make(tmp_path, grown, Stop(6), total_episodes=112)
+    with pytest.raises(ZeroDivisionError):
+        again.train(resume_from_checkpoint=True)
+    assert (tmp_path / "run/notes.jsonl").read_text() == "{}\n"
+    assert not (tmp_path / "run/checkpoints/final").exists()
+
+
+def test_other_columns_are_other_data(tmp_path):
+    cut_off(tmp_path)
+    again = make(tmp_path)
+    rows = [row | {"answer": "a"} for row in PROMPTS]
+    again = type(again)(None, letters, again.config, rows)
+    with pytest.raises(UserError, match="the data set has changed"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_checkpoint_that_was_chosen_names_the_others(tmp_path):
+    cut_off(tmp_path, after=5, total_episodes=96)
+    chosen = tmp_path / "run/checkpoints/step-000004"
+    (chosen / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="choose another: step-000002"):
+        make(tmp_path, total_episodes=96).train(resume_from_checkpoint=chosen)

@@ -181,12 +181,16 @@ class RewardScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON."""
-        return self.shaper.state_dict() | {"widths": self.widths}
+        functions = {o.name: o.state_dict() for o in self.objectives if o.is_stateful}
+        return self.shaper.state_dict() | {"widths": self.widths, "functions": functions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.shaper.load_state_dict(state)
         self.widths = dict(state.get("widths", {}))
+        for objective in self.objectives:
+            if objective.name in state.get("functions", {}):
+                objective.load_state_dict(state["functions"][objective.name])
 
     def table(self, rollout: Rollout) -> Tensor:
         """Scores by objective, [B, K] float32; NaN where a function returned None."""

@@ -55,6 +55,24 @@ class Objective:
         inner = function.func if isinstance(function, functools.partial) else function
         return getattr(inner, "bounds", UNBOUNDED)
 
+    @property
+    def is_stateful(self) -> bool:
+        """Whether it carries something from one rollout to the next, and can give it as JSON."""
+        # A classifier's weights are no such thing, and they do not change.
+        is_module = hasattr(self.function, "parameters")
+        both = hasattr(self.function, "state_dict"), hasattr(self.function, "load_state_dict")
+        return all(both) and not is_module
+
+    def state_dict(self) -> Any:
+        """What a function that `is_stateful` carries."""
+        function: Any = self.function
+        return function.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Give it back."""
+        function: Any = self.function
+        function.load_state_dict(state)
+
 
 def parse(text: str) -> list[Objective]:
     """The objectives of a sum of registered rewards, in its order.
