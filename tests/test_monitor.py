@@ -12,7 +12,7 @@ from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.configs import GRPOConfig
 from fastrlhf.controllers import KLController
-from fastrlhf.rewards.monitor import HackingMonitor, distinct, repeated_share
+from fastrlhf.rewards.monitor import Finding, HackingMonitor, distinct, repeated_share
 from fastrlhf.rewards.warning_signs import SIGNS, WINDOW
 from fastrlhf.types import Prompts, Rollout
 
@@ -140,6 +140,15 @@ def test_all_cut_off_from_the_start_with_equal_scores():
     for _ in range(WINDOW):
         run.show(sentences(run.draw), [0.0] * BATCH, ended=False)
     assert run.signs == {"truncation", "contrast"}
+
+
+def test_what_is_only_told_neither_stops_nor_raises():
+    run = Run(hacking="stop")
+    assert run.monitor.stops is False
+    run.monitor.found.append(Finding(4, "contrast", "", ""))
+    assert not run.monitor.stops
+    run.monitor.found.append(Finding(5, "repetition", "", ""))
+    assert run.monitor.stops
 
 
 def test_groups_without_contrast():

@@ -33,6 +33,8 @@ from .warning_signs import SIGNS, WINDOW, Figures, Sign
 __all__ = ["Finding", "HackingMonitor", "distinct", "repeated_share"]
 
 RAISE = 1.25
+# What a sparse reward or a short response_length shows too: told, and no reason to act.
+ONLY_TOLD = ("truncation", "contrast")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class HackingMonitor:
     @property
     def stops(self) -> bool:
         """Whether the run is to end."""
-        return self.config.hacking == "stop" and bool(self.found)
+        signs = {finding.sign for finding in self.found}
+        return self.config.hacking == "stop" and bool(signs.difference(ONLY_TOLD))
 
     def observe(
         self,
@@ -156,7 +159,7 @@ class HackingMonitor:
 
     def respond(self, controller: KLController) -> None:
         """Raise the weight of the KL where that is asked for and the last rollout showed a sign."""
-        if self.config.hacking == "raise_kl" and self.showing:
+        if self.config.hacking == "raise_kl" and set(self.showing).difference(ONLY_TOLD):
             controller.coef *= RAISE
 
     def state_dict(self) -> dict[str, Any]:
