@@ -182,17 +182,7 @@ def check_algorithm(config: PPOConfig) -> None:
         "hacking: raise_kl multiplies a kl_coef above 0 that nothing else steers; set kl_coef, and "
         "kl_controller: fixed",
     )
-    require(
-        config.old_logprobs == "scored"
-        or (config.kl_coef == 0 and config.kl_limit is None and config.critic is None),
-        "old_logprobs: sampled leaves KL and values unknown, which kl_coef, kl_limit and a critic "
-        "need; set old_logprobs to scored",
-    )
-    require(
-        config.old_logprobs == "scored" or config.engine == "fastrlhf",
-        "old_logprobs: sampled takes the sampler's word, and another engine's is off by its own "
-        "rounding; set engine to fastrlhf or old_logprobs to scored",
-    )
+    check_old_logprobs(config)
     check_generations(config)
     for name, readers in READ_BY.items():
         is_default = getattr(config, name) == type(config).__dataclass_fields__[name].default
@@ -219,6 +209,20 @@ def check_algorithm(config: PPOConfig) -> None:
     require(
         config.critic is None or needed,
         f"{config.algorithm} has no critic; leave critic out or set it to null",
+    )
+
+
+def check_old_logprobs(config: PPOConfig) -> None:
+    require(
+        config.old_logprobs == "scored"
+        or (config.kl_coef == 0 and config.kl_limit is None and config.critic is None),
+        "old_logprobs: sampled leaves KL and values unknown, which kl_coef, kl_limit and a critic "
+        "need; set old_logprobs to scored",
+    )
+    require(
+        config.old_logprobs == "scored" or config.engine == "fastrlhf",
+        "old_logprobs: sampled takes the sampler's word, and another engine's is off by its own "
+        "rounding; set engine to fastrlhf or old_logprobs to scored",
     )
 
 

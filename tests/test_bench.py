@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrlhf import cli
+from fastrlhf import bench_command
 from fastrlhf.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -232,7 +232,9 @@ def test_the_command_line(capfd, tmp_path, monkeypatch):
     assert "Get the source of fastrlhf and name its folder: fastrlhf bench --checkout PATH" in said
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        cli, "find_spec", lambda name: None if name == "pytest_benchmark" else find_spec(name)
+        bench_command,
+        "find_spec",
+        lambda name: None if name == "pytest_benchmark" else find_spec(name),
     )
     assert main(["bench", "--quick"]) == 2
     assert "run: pip install pytest pytest-benchmark" in capfd.readouterr().err

@@ -112,7 +112,7 @@ def test_a_run_leaves_its_folder(tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "summary.json",
-        "plot.png", "checkpoints",
+        "plot.png", "checkpoints", "given.json",
     }  # fmt: skip
     assert (run / "checkpoints/final/adapter_model.safetensors").stat().st_size > 0
     assert json.loads((run / "summary.json").read_text())["steps"] == summary.steps

@@ -6,6 +6,7 @@ is their turn. A side reads one line before each step and writes one line of JSO
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -78,7 +79,9 @@ class Side:
 
     def step(self) -> dict[str, Any]:
         """Let it take one step."""
-        print("go", file=self.orders, flush=True)
+        # One that has ended reads no orders; what it said is told below.
+        with contextlib.suppress(BrokenPipeError):
+            print("go", file=self.orders, flush=True)
         line = self.results.readline()
         if not line:
             said = self.log.read_text()[-3000:]
@@ -88,7 +91,8 @@ class Side:
 
     def close(self) -> None:
         """End the process, wherever it is."""
-        self.orders.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.orders.close()
         self.results.close()
         try:
             self.process.wait(timeout=20)
