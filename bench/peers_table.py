@@ -24,7 +24,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for group in grouped(speed):
-        peer = next(row for row in group if not row["side"].startswith(OURS))
+        peer = next(row for row in group if "phases" in row and not row["side"].startswith(OURS))
         for row in group:
             lines.append(speed_line(row, peer))
     lines += [
@@ -50,12 +50,14 @@ def name(row: Row) -> str:
 
 
 def speed_line(row: Row, peer: Row) -> str:
-    phases = ", ".join(f"{row['phases'][x]:.2f}" for x in ("rollout", "score", "update"))
+    phases = peak = share = ""
+    if "phases" in row:  # the floor has none
+        phases = ", ".join(f"{row['phases'][x]:.2f}" for x in ("rollout", "score", "update"))
+        peak, share = f"{row['peak_mb']:.0f}", f"{row['peak_mb'] / peer['peak_mb']:.2f}"
     faster = row["samples_per_second"] / peer["samples_per_second"]
     return (
         f"| {name(row)} | {row['samples_per_second']:.2f} | {faster:.1f} "
-        f"| {row['tokens_per_second']:.0f} | {phases} | {row['peak_mb']:.0f} "
-        f"| {row['peak_mb'] / peer['peak_mb']:.2f} |"
+        f"| {row['tokens_per_second']:.0f} | {phases} | {peak} | {share} |"
     )
 
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter_file import AdapterFile
 from .errors import UserError
+from .lora_linear import fuse
 
 __all__ = ["Adapters", "LoraSettings"]
 
@@ -92,6 +93,7 @@ class Adapters:
                 "set use_peft: false"
             ) from error
         self.layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        fuse(self.layers)
 
     @torch.no_grad()
     def copy(self, source: str, name: str) -> None:

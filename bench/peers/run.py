@@ -5,6 +5,8 @@ workload.py, and each side's settings stand at the top of its file. Two parts:
 
 - speed: 32 responses of 64 tokens; the first step is not counted. Samples and generated tokens a
   second by the median step, seconds of each phase, and the process's peak memory (VmHWM).
+  Beside them stands the floor: the time that the step's matrix products alone would take at the
+  rate of one product of the head's shape, measured after each turn.
 - curves: 32 responses of 16 tokens, several steps, three seeds; the reward of every step.
 
     python bench/peers/run.py                  both, replaces rows of bench/results/peers.jsonl
@@ -23,20 +25,23 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+import torch
 from environments import TRL_PPO, fastrlhf_python, trl_ppo_python
 from measure import percentile
 from results import RESULTS, read, stamp
 from turns import Side
-from workload import Workload, make_model
+from workload import SHAPE, VOCABULARY, Workload, make_model, matrix_work
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
+FLOOR = "matrix products alone"
 KEY = ("part", "algorithm", "weights", "side", "seed")
 """what tells rows apart"""
 
@@ -85,17 +90,43 @@ def run_case(part: str, workload: Workload, model: Path, cache: Path) -> list[di
         try:
             for name, command in commands(part, workload, model, file, cache).items():
                 sides.append(Side(name, command, environment(), Path(scratch) / f"{name}.log"))
+            rates: list[float] = []
             for number in range(workload.steps):
                 # Who comes first moves on.
                 for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
                     said = side.step()
                     print(f"{side.name:26} {number} {json.dumps(said)}", flush=True)
+                rates.append(matrix_rate())
             steps = {side.name: side.steps for side in sides}
         finally:
             for side in sides:
                 side.close()
-    make = speed_row if part == "speed" else curve_row
-    return [make(workload, name, taken) for name, taken in steps.items()]
+    if part == "curves":
+        return [curve_row(workload, name, taken) for name, taken in steps.items()]
+    rows = [speed_row(workload, name, taken) for name, taken in steps.items()]
+    return [*rows, floor_row(workload, statistics.median(rates))]
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a microbatch's product with the head, the best of 5."""
+    states = torch.randn(512, SHAPE["hidden_size"])
+    weight, logits = torch.randn(VOCABULARY, SHAPE["hidden_size"]), torch.empty(512, VOCABULARY)
+    best = 0.0
+    for _ in range(5):
+        begun = time.perf_counter()
+        torch.mm(states, weight.T, out=logits)
+        best = max(best, 2 * states.numel() * VOCABULARY / (time.perf_counter() - begun))
+    return best
+
+
+def floor_row(workload: Workload, rate: float) -> dict[str, Any]:
+    seconds = matrix_work(workload) / rate
+    return base_row("speed", workload, FLOOR) | {
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(workload.batch / seconds, 3),
+        "tokens_per_second": round(workload.batch * workload.response_tokens / seconds, 1),
+        "gflop_per_second": round(rate / 1e9, 1),
+    }
 
 
 def base_row(part: str, workload: Workload, side: str) -> dict[str, Any]:

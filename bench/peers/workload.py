@@ -70,6 +70,24 @@ class Workload:
         return Workload(**json.loads(Path(path).read_text()))
 
 
+def matrix_work(workload: Workload) -> float:
+    """Floating-point operations of the matrix products that a step cannot do without.
+
+    Counted are those with the base weights, once each: of the layers and the head in sampling, for
+    the log-probabilities of policy and reference (ppo), and in every epoch's forward and backward,
+    which has two products for a weight that trains and one for a frozen one. Not counted: adapters,
+    attention, a critic's own layers, softmax, sampling, the optimizer.
+    """
+    width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    heads = 1 + SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]
+    layers = SHAPE["num_hidden_layers"] * width * (2 * width * heads + 3 * inner)
+    responses = workload.batch * workload.response_tokens
+    tokens = workload.batch * workload.prompt_tokens + responses
+    update = 2 if workload.lora else 3
+    passes = 3 + workload.epochs * update if workload.algorithm == "ppo" else 1 + update
+    return 2.0 * passes * (tokens * layers + responses * width * VOCABULARY)
+
+
 def make_model(folder: Path, seed: int = 0) -> None:
     """Write the model and its tokenizer as `save_pretrained` does."""
     import torch
