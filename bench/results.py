@@ -237,6 +237,32 @@ def reward_model_table() -> str:
 REWARD_TABLES = {"reward_model": reward_model_table}
 
 
+def decode_table() -> str:
+    """Sampling beside transformers' `generate`."""
+    rows = read("decode")
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        "| weights | tokens/s | transformers' `generate` | × | log-probabilities off by, mean (most) |",
+        "|---|---|---|---|---|",
+    ]
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        weights = ours["dtype"] + (", LoRA in the top 8 layers" if ours["adapters"] else "")
+        lines.append(
+            f"| {weights} | {ours['tokens_per_second']:.0f} | {theirs['tokens_per_second']:.0f} "
+            f"| {ours['times_generate']:.2f} "
+            f"| {ours['logprob_gap_mean']:.1e} ({ours['logprob_gap_max']:.1e}) |"
+        )
+    first = rows[0]
+    return "\n".join([
+        *lines,
+        "",
+        f"{first['model']}, {first['sequences']} sequences, at most {first['response_length']} tokens "
+        f"each; medians of {first['rounds']} rounds in turns. Measured on {first['device']}, torch "
+        f"{first['torch']}.",
+    ])  # fmt: skip
+
+
 def beside_trl() -> str:
     import peers_table  # which imports this module
 
@@ -244,7 +270,12 @@ def beside_trl() -> str:
 
 
 MEMORY_TABLES = {"plan_check": plan_check_table, "plans": plans_table}
-TABLES = {"demo": demo_table, "update_memory": memory_table, "peers": beside_trl}
+TABLES = {
+    "demo": demo_table,
+    "update_memory": memory_table,
+    "decode": decode_table,
+    "peers": beside_trl,
+}
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
