@@ -243,7 +243,7 @@ def decode_table() -> str:
     if not rows:
         return NOT_MEASURED
     lines = [
-        "| weights | tokens/s | transformers' `generate` | × | log-probabilities off by, mean (most) |",
+        "| weights | tokens/s | `generate`'s | × | log-probabilities off by, mean (most) |",
         "|---|---|---|---|---|",
     ]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
@@ -257,9 +257,9 @@ def decode_table() -> str:
     return "\n".join([
         *lines,
         "",
-        f"{first['model']}, {first['sequences']} sequences, at most {first['response_length']} tokens "
-        f"each; medians of {first['rounds']} rounds in turns. Measured on {first['device']}, torch "
-        f"{first['torch']}.",
+        f"{first['model']}, {first['sequences']} sequences of at most {first['response_length']} "
+        f"tokens; medians of {first['rounds']} rounds in turns with transformers' `generate`. "
+        f"Measured on {first['device']}, torch {first['torch']}.",
     ])  # fmt: skip
 
 
