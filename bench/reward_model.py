@@ -11,6 +11,7 @@ learning curve, from the head alone (step 0) on. For comparison, in the same spl
                                                   it from there: their time is then not in the rows
     python bench/reward_model.py --rows-of FOLDER the rows of a run that was broken off, from its
                                                   folder
+    python bench/reward_model.py --output FOLDER  keeps the run, its reward model among it, in FOLDER
     python bench/reward_model.py key=value …      settings in place of those below, to search
 """
 
@@ -118,6 +119,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--states", type=Path)
     parser.add_argument("--rows-of", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -128,7 +130,7 @@ if __name__ == "__main__":
             trainer = RewardTrainer(args=RewardConfig(output_dir=f"{folder}/run", **settings))
             rows = rows_of(given.rows_of, trainer, settings, given.states is not None)
         else:
-            rows = run(settings, given.states, Path(folder) / "run")
+            rows = run(settings, given.states, given.output or Path(folder) / "run")
     for row in rows:
         print(json.dumps(row))
     if not given.only_print:
