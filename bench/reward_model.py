@@ -11,7 +11,7 @@ learning curve, from the head alone (step 0) on. For comparison, in the same spl
                                                   it from there: their time is then not in the rows
     python bench/reward_model.py --rows-of FOLDER the rows of a run that was broken off, from its
                                                   folder
-    python bench/reward_model.py --output FOLDER  keeps the run, its reward model among it, in FOLDER
+    python bench/reward_model.py --output FOLDER  keeps the run and its reward model in FOLDER
     python bench/reward_model.py key=value …      settings in place of those below, to search
 """
 
