@@ -330,13 +330,3 @@ def test_groups_whose_scores_are_equal():
 def test_every_sign_is_tested_here():
     tested = {"gold", "repetition", "diversity", "compression", "length", "ending"}
     assert {sign.name for sign in SIGNS} == tested | {"truncation", "contrast", "kl"}
-
-
-def test_the_gold_judge_has_the_runs_time_out_and_retries():
-    config = PPOConfig(
-        gold="repetition", reward="sentiment + length_band", reward_timeout=7.0, reward_retries=5,
-        reward_weights=[1.0, 2.0], reward_bounds=[0, 1],
-    )  # fmt: skip
-    kept = HackingMonitor(config).gold.settings
-    assert (kept.reward_timeout, kept.reward_retries) == (7.0, 5)
-    assert kept.reward_weights is kept.reward_bounds is None

@@ -13,7 +13,8 @@ the judge's falls (Gao et al. 2023). It is asked once a rollout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import correlation, fmean, pstdev
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..advantages import equal_scores
 from ..config import PPOConfig
 from ..controllers import KLController
+from ..errors import UserError
 from ..text_figures import compression, distinct, repeated_share
 from ..types import Rollout
 from .functions import RewardFunction, RewardScorer
@@ -73,7 +75,8 @@ class HackingMonitor:
         gold = config.gold if gold is None else gold
         # The weights and bounds are those of the reward that is trained on.
         judged = replace(config, reward_weights=None, reward_bounds=None)
-        self.gold = None if gold is None else RewardScorer(gold, judged)
+        with of_gold():
+            self.gold = None if gold is None else RewardScorer(gold, judged)
         self.tell = tell
         self.found: list[Finding] = []
         # The run's first rollouts, and its last 2 * WINDOW.
@@ -96,6 +99,16 @@ class HackingMonitor:
             say(f"reward hacking? {finding}{ending}")
 
         return cls(config, tell=tell)
+
+    def probe(self, prompts: Sequence[str], columns: Sequence[dict[str, Any]]) -> None:
+        """Ask the gold judge once before any time is lost, a reward model too: it has its own base.
+
+        Raises:
+            UserError: it fails, or what it returns cannot be.
+        """
+        if self.gold is not None:
+            with of_gold():
+                self.gold.probe(prompts, columns, models=True)
 
     @property
     def findings(self) -> list[str]:
@@ -179,6 +192,15 @@ class HackingMonitor:
         self.last = [dict(x) for x in state["last"]]
         self.found = [Finding(**x) for x in state["found"]]
         self.showing = list(state["showing"])
+
+
+@contextmanager
+def of_gold() -> Iterator[None]:
+    """Within the block errors name the setting that they are of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"gold: {error}") from error
 
 
 @dataclass(frozen=True)
