@@ -50,6 +50,11 @@ class StopRequest:
         again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         os.write(2, f"\nstopping after {self.after}; {again} again stops at once\n".encode())
 
+    def leave_if_asked(self, message: str) -> None:
+        """`leave`, if a signal came."""
+        if self.signal is not None:
+            self.leave(message)
+
     def leave(self, message: str) -> None:
         """Raise what the signal stands for: KeyboardInterrupt, or SystemExit with status 143."""
         if self.signal == signal.SIGTERM:

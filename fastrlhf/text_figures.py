@@ -48,7 +48,8 @@ def repeated_share(tokens: Sequence[int]) -> float:
         return 0.0
     width = min(REPEATED_WITHIN, len(pairs))
     windows = len(pairs) - width + 1
-    distinct_pairs, last = 0, {}
+    distinct_pairs = 0
+    last: dict[tuple[int, int], int] = {}
     for place, pair in enumerate(pairs):
         # It counts in the windows that hold it and none like it before.
         first = max(place - width, last.get(pair, -1)) + 1
