@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,22 +23,12 @@ from .errors import UserError
 from .heads import last_states
 from .pretrained import Pretrained, find_pretrained
 from .quantization import Quantization, is_quantized, layer_weights
-from .roles import Role, Roles, check_settings
+from .roles import Role, Roles, RoleSettings
 from .trunk import Decoder, WholeDecoder, split_decoder
 
 __all__ = ["LoraSettings", "Role", "SharedBackbone"]
 
 RANK_16 = LoraSettings()
-# The constructor's settings that can be judged by the model's depth alone.
-CHECKED = (
-    "lora",
-    "train_layers",
-    "critic",
-    "reward",
-    "reference",
-    "reference_model",
-    "adapter",
-)
 
 
 class SharedBackbone(Roles):
@@ -74,16 +65,11 @@ class SharedBackbone(Roles):
         gradient_checkpointing: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        super().__init__(
-            model,
-            lora=lora,
-            train_layers=train_layers,
-            critic=critic,
-            reward=reward,
-            reference=reference,
-            reference_model=reference_model,
-            adapter=adapter,
-        )
+        settings = RoleSettings(
+            lora=lora, train_layers=train_layers, critic=critic, reward=reward,
+            reference=reference, reference_model=reference_model, adapter=adapter,
+        )  # fmt: skip
+        super().__init__(model, settings)
         self.tokenizer = tokenizer
         depth = self.decoder.config.num_hidden_layers
         self.halves: Decoder = self.make_halves(depth - self.top, gradient_checkpointing)
@@ -141,18 +127,15 @@ class SharedBackbone(Roles):
         """
         asked = {**(cls.__init__.__kwdefaults__ or {}), **settings}
         # Before weights are read, which can take minutes.
-        check_settings(
-            found.config.get_text_config().num_hidden_layers,
-            quantized=quantization is not None,
-            **{name: asked[name] for name in CHECKED},
-        )
-        if reference_quantization is not None:
-            entire = asked["lora"] is None and asked["train_layers"] == "all"
-            if not entire or not asked["reference"] or asked["reference_model"] is not None:
-                raise UserError(
-                    "reference_quantization is for the second model that lora=None with "
-                    "train_layers='all' loads for its reference; leave it out"
-                )
+        roles = RoleSettings(**{field.name: asked[field.name] for field in fields(RoleSettings)})
+        depth = found.config.get_text_config().num_hidden_layers
+        roles.check(depth, quantized=quantization is not None)
+        loads_second = roles.entire and roles.reference and roles.reference_model is None
+        if reference_quantization is not None and not loads_second:
+            raise UserError(
+                "reference_quantization is for the second model that lora=None with "
+                "train_layers='all' loads for its reference; leave it out"
+            )
         model = found.load(dtype=dtype, device=device, quantization=quantization)
         if reference_quantization is not None:
             settings["reference_model"] = found.load(

@@ -25,7 +25,7 @@ from .config import PPOConfig, load_config
 from .configs import CONFIGS
 from .data import PromptSet, load_rows
 from .errors import UserError
-from .evaluation import distinct_bigrams, score_all
+from .evaluation import score_all
 from .loading import load_backbone
 from .out_of_memory import MicrobatchBudget
 from .pretrained import Pretrained, context_length, find_pretrained
@@ -33,6 +33,7 @@ from .rewards.functions import RewardScorer
 from .rollout.engines import make_engine
 from .run_files import is_run, refuse_reward_run
 from .run_policy import find_checkpoint, load_policy
+from .text_figures import distinct
 
 __all__ = ["Asked", "evaluate_command"]
 
@@ -283,10 +284,8 @@ def result(policy: Answers, base: Answers | None, prompts: PromptSet, seed: int)
             if base is not None:
                 rewards[name] = asdict(compare(scores, base.scores[name], seed))
             else:
-                rewards[name] = {
-                    "prompts": len(judged),
-                    "policy": asdict(mean_interval(judged, seed)),
-                }
+                alone = asdict(mean_interval(judged, seed))
+                rewards[name] = {"prompts": len(judged), "policy": alone}
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"the reward {name!r} judged no prompt for both; give one that does"
@@ -295,12 +294,12 @@ def result(policy: Answers, base: Answers | None, prompts: PromptSet, seed: int)
         "prompts": len(prompts),
         "kl": None if policy.kl is None else asdict(mean_interval(policy.kl, seed)),
         "entropy": policy.entropy,
-        "distinct_2": distinct_bigrams(policy.completions),
+        "distinct_2": distinct(policy.completions, 2),
         "rewards": rewards,
     }
     if base is not None:
-        figures |= {"reference_entropy": base.entropy}
-        figures |= {"reference_distinct_2": distinct_bigrams(base.completions)}
+        own = {"entropy": base.entropy, "distinct_2": distinct(base.completions, 2)}
+        figures |= {f"reference_{name}": figure for name, figure in own.items()}
     figures["samples"] = [
         {
             "prompt": text,

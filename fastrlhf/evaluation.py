@@ -18,9 +18,10 @@ from .out_of_memory import MicrobatchBudget, sampled
 from .rewards.functions import RewardScorer
 from .rewards.shaping import eos_penalty
 from .rollout.decode import DecodeEngine
+from .text_figures import distinct
 from .types import Experience, Rollout
 
-__all__ = ["Evaluation", "distinct_bigrams", "evaluate"]
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Evaluation:
     score: float  # mean over completions
     kl: float | None  # exact, nats a sequence, mean over sequences; None without a reference
     entropy: float  # nats a token, mean over sampled tokens
-    distinct_2: float  # distinct word bigrams over word bigrams, in all completions
+    distinct_2: float  # distinct word bigrams over word bigrams, in all completions; 1 without any
     scores: Sequence[float | None]  # None where the reward did not judge
     prompts: Sequence[str]
     completions: Sequence[str]
@@ -66,7 +67,7 @@ def evaluate(
         score=float(judged.mean()),
         kl=None if experience.kl is None else float((experience.kl * mask).sum(-1).mean()),
         entropy=float(experience.entropy[mask].mean()),
-        distinct_2=distinct_bigrams(rollout.completions),
+        distinct_2=distinct(rollout.completions, 2),
         scores=[None if math.isnan(score) else score for score in scores.tolist()],
         prompts=prompts.texts,
         completions=rollout.completions,
@@ -83,9 +84,3 @@ def score_all(
         # A smaller microbatch would be too small for the update.
         lambda: not config.optimizer_in_backward,
     )
-
-
-def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Distinct word bigrams over word bigrams in all ``texts`` (Li et al. 2016); 0 without any."""
-    bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

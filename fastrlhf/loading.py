@@ -18,11 +18,13 @@ from .errors import UserError
 from .host_memory import map_large_blocks, spares_memory
 from .pretrained import Pretrained, checked_tokenizer, context_length, find_pretrained
 from .quantization import Quantization
+from .reward_config import RewardConfig
 
 __all__ = [
     "Source",
     "find_model",
     "load_backbone",
+    "load_backbone_with_reward",
     "tokenized_prompts",
     "with_library_configs",
 ]
@@ -193,6 +195,24 @@ def find_model(
         raise UserError("no reference, no KL; set kl_coef to 0 and leave kl_limit out")
     checked_tokenizer(tokenizer, "processing_class")
     return model, tokenizer
+
+
+def load_backbone_with_reward(source: Pretrained, config: RewardConfig) -> SharedBackbone:
+    """The model's weights with the reward role alone: an adapter and a head, drawn by the seed."""
+    torch.manual_seed(config.seed)
+    return SharedBackbone.load(
+        source,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        quantization=config.quantization,
+        lora=LoraSettings(config.lora_rank, config.lora_alpha),
+        train_layers=config.train_layers,
+        critic=None,
+        reward=True,
+        reference=False,
+        gradient_checkpointing=config.gradient_checkpointing,
+        tokenizer=source.tokenizer,
+    )
 
 
 def tokenized_prompts(

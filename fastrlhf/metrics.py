@@ -161,8 +161,9 @@ def update_metrics(losses: Sequence[MicrobatchLoss]) -> dict[str, float]:
         "policy/entropy": mean(stats.entropy for stats in policy),
         "policy/ratio": mean(stats.ratio for stats in policy),
         "loss/policy": mean(loss.policy.loss for loss in losses),
-        # The policy is still the one that was scored: 1, 0, 0 in every correct run. Where approx_kl
-        # is 0 every ratio is 1; their mean, summed over microbatches, is 1 but for rounding.
+        # The policy is still the one that was scored: 1, 0, 0 in every correct run, but for the
+        # rounding of sampling where old_logprobs is sampled. Where approx_kl is 0 every ratio is
+        # 1; their mean, summed over microbatches, is 1 but for rounding.
         "check/first_ratio": 1.0 if policy[0].approx_kl == 0 else float(policy[0].ratio),
         "check/first_approx_kl": float(policy[0].approx_kl),
         "check/first_clipfrac": float(policy[0].clipfrac),

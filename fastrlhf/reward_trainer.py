@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .adapters import LoraSettings
 from .backbone import SharedBackbone
 from .comparisons import Comparison, RatedTexts, check_compared, epochs_of, rows_among, with_gap
 from .errors import SelfCheckError, UserError
+from .loading import load_backbone_with_reward
 from .metrics import PhaseTimer, RunFolder
 from .plot import can_plot
 from .preferences import load_preferences, split_preferences
@@ -38,6 +38,7 @@ from .reward_optimizer import make_optimizer
 from .rewards.head_start import fit_head
 from .rewards.model import RewardModel, normalize_head, save_reward_model
 from .rewards.preference_loss import PreferenceStats, bradley_terry, draw_reliability, measure
+from .stop_request import StopRequest
 from .summary import RewardSummary
 from .text_states import TextStates, by_length
 
@@ -103,12 +104,11 @@ class RewardTrainer:
                 rows, eval_rows, tokenizer, config, length
             )
             # Weights come last: what could be wrong with the rest is known by now.
-            self.backbone = source if isinstance(source, SharedBackbone) else self.build(source)
-            self.base = (
-                self.backbone.model.config._name_or_path
-                if isinstance(source, SharedBackbone)
-                else source.source
-            )
+            if isinstance(source, SharedBackbone):
+                self.backbone, self.base = source, source.model.config._name_or_path
+            else:
+                self.backbone = load_backbone_with_reward(source, config)
+                self.base = source.source
         if self.backbone.reward_head is None:
             raise UserError("RewardTrainer needs a backbone with a reward role: reward=True")
         # The training rows that are evaluated, always the same.
@@ -122,27 +122,16 @@ class RewardTrainer:
         self.steps = config.num_train_epochs * self.train_set.num_batches(config.batch_size)
         self.display = Display(self.steps)
         self.timer.started = self.display.phase
+        self.stop = StopRequest()
         self.optimizer, self.schedule = make_optimizer(self.backbone, config, self.steps)
 
-    def build(self, source) -> SharedBackbone:
-        config = self.config
-        torch.manual_seed(config.seed)
-        return SharedBackbone.load(
-            source,
-            dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            quantization=config.quantization,
-            lora=LoraSettings(config.lora_rank, config.lora_alpha),
-            train_layers=config.train_layers,
-            critic=None,
-            reward=True,
-            reference=False,
-            gradient_checkpointing=config.gradient_checkpointing,
-            tokenizer=source.tokenizer,
-        )
-
     def train(self) -> RewardSummary:
-        """Train, keep the best weights, normalise them and save them."""
+        """Train, keep the best weights, normalise them and save them.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM, once the step under way is done; the
+                best weights so far were saved.
+        """
         config = self.config
         self.folder.make()
         self.folder.write_text("config.yaml", config.to_yaml())
@@ -155,11 +144,17 @@ class RewardTrainer:
             self.timer.take_step()
             self.keep(self.evaluate(0, 0.0))
             try:
-                number, stopped = self.learn()
+                with self.stop:
+                    number, stopped = self.learn()
+                    # One that came in the last evaluation.
+                    self.stop.leave_if_asked(f"after step {number}")
             except BaseException:
-                # Ctrl-C, or a gradient that is not finite: the best so far is not lost.
+                # A signal, or a gradient that is not finite: the best so far is not lost.
                 self.restore(self.kept)
-                self.display.say(f"the best weights so far are in {self.save(normalized=False)}")
+                self.display.say(
+                    f"the best weights so far (step {self.best['step']:.0f}, not normalised) are "
+                    f"in {self.save(normalized=False)}; this training cannot be gone on with"
+                )
                 raise
             self.restore(self.kept)
         return self.finish(number, stopped)
@@ -169,11 +164,11 @@ class RewardTrainer:
         number, evaluated, epoch, every = 0, 0, 0.0, self.config.eval_steps
         for number, (batch, epoch, ends) in enumerate(self.dealt(), start=1):
             self.step(number, epoch, batch)
-            if number % every if every else not ends:
-                continue
-            evaluated = number
-            if stopped := self.judge(number, epoch):
-                return number, stopped
+            if not (number % every if every else not ends):
+                evaluated = number
+                if stopped := self.judge(number, epoch):
+                    return number, stopped
+            self.stop.leave_if_asked(f"after step {number}")
         # Which step is the last one is known when no batch is left.
         return number, None if evaluated == number else self.judge(number, epoch)
 

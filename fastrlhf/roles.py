@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ from .heads import LanguageModelHead, RewardHead, ValueHead
 from .originals import Adapted, OwnModel, OwnTop
 from .quantization import compute_dequantized, is_quantized
 
-__all__ = ["Role", "Roles", "check_settings"]
+__all__ = ["Role", "RoleSettings", "Roles"]
 
 Role = str
 # PEFT writes the adapter named "default" where other tools look for it.
@@ -43,53 +44,64 @@ POLICY_ADAPTER = "default"
 RESERVED = ("policy", "reference", "critic", "reward", POLICY_ADAPTER)
 
 
-def check_settings(
-    depth: int,
-    *,
-    lora: LoraSettings | None,
-    train_layers: int | Literal["all"],
-    critic: str | None,
-    reward: bool,
-    reference: bool,
-    reference_model: PreTrainedModel | None,
-    adapter: str | Path | None,
-    quantized: bool,
-) -> None:
-    """Whether roles with these settings can be on a model of ``depth`` layers.
+@dataclass(frozen=True)
+class RoleSettings:
+    """Which roles there are and what trains: see `SharedBackbone`, which has the defaults."""
 
-    Raises:
-        UserError: they exclude each other, or the model's depth excludes one.
-    """
-    is_count = isinstance(train_layers, int) and not isinstance(train_layers, bool)
-    if train_layers != "all" and not (is_count and train_layers >= 1):
-        raise UserError(f"train_layers is {train_layers!r}; set it to 'all' or at least 1")
-    if train_layers != "all" and train_layers > depth:
-        raise UserError(
-            f"train_layers is {train_layers}, but the model has {depth} layers; lower it"
-        )
-    if critic not in ("shared", "adapter", None):
-        raise UserError(f"critic is {critic!r}; set it to 'shared', 'adapter' or None")
-    entire = lora is None and train_layers == "all"
-    if reference_model is not None and not (entire and reference):
-        raise UserError(
-            "reference_model is for the reference that lora=None with train_layers='all' needs; "
-            "leave it out"
-        )
-    if lora is not None:
-        return
-    if quantized:
-        raise UserError(
-            "a quantised model's own weights cannot be trained; train adapters (use_peft: "
-            "true), or load the model with quantization: null"
-        )
-    if adapter is not None:
-        raise UserError("an adapter to start from needs LoRA; set use_peft: true")
-    on_originals = [r for r, on in (("critic", critic == "adapter"), ("reward", reward)) if on]
-    if entire and on_originals and not reference:
-        raise UserError(
-            f"the {on_originals[0]} adapter needs the frozen originals, which are not kept "
-            "without a reference; set kl_coef above 0 or critic='shared', without reward"
-        )
+    lora: LoraSettings | None
+    train_layers: int | Literal["all"]
+    critic: Literal["shared", "adapter"] | None
+    reward: bool
+    reference: bool
+    reference_model: PreTrainedModel | None
+    adapter: str | Path | None
+
+    @property
+    def entire(self) -> bool:
+        """Whether everything trains."""
+        return self.lora is None and self.train_layers == "all"
+
+    @property
+    def on_originals(self) -> list[Role]:
+        """The roles that are adapters of their own, in full training on the frozen originals."""
+        asked = (("critic", self.critic == "adapter"), ("reward", self.reward))
+        return [role for role, on in asked if on]
+
+    def check(self, depth: int, *, quantized: bool) -> None:
+        """Whether there can be such roles on a model of ``depth`` layers.
+
+        Raises:
+            UserError: they exclude each other, or the model's depth excludes one.
+        """
+        train_layers = self.train_layers
+        is_count = isinstance(train_layers, int) and not isinstance(train_layers, bool)
+        if train_layers != "all" and not (is_count and train_layers >= 1):
+            raise UserError(f"train_layers is {train_layers!r}; set it to 'all' or at least 1")
+        if train_layers != "all" and train_layers > depth:
+            raise UserError(
+                f"train_layers is {train_layers}, but the model has {depth} layers; lower it"
+            )
+        if self.critic not in ("shared", "adapter", None):
+            raise UserError(f"critic is {self.critic!r}; set it to 'shared', 'adapter' or None")
+        if self.reference_model is not None and not (self.entire and self.reference):
+            raise UserError(
+                "reference_model is for the reference that lora=None with train_layers='all' "
+                "needs; leave it out"
+            )
+        if self.lora is not None:
+            return
+        if quantized:
+            raise UserError(
+                "a quantised model's own weights cannot be trained; train adapters (use_peft: "
+                "true), or load the model with quantization: null"
+            )
+        if self.adapter is not None:
+            raise UserError("an adapter to start from needs LoRA; set use_peft: true")
+        if self.entire and self.on_originals and not self.reference:
+            raise UserError(
+                f"the {self.on_originals[0]} adapter needs the frozen originals, which are not "
+                "kept without a reference; set kl_coef above 0 or critic='shared', without reward"
+            )
 
 
 def check_models(model: PreTrainedModel, reference_model: PreTrainedModel | None) -> None:
@@ -114,37 +126,18 @@ def check_models(model: PreTrainedModel, reference_model: PreTrainedModel | None
 class Roles(nn.Module):
     """The weights of every role on one set of base weights. Arguments: see `SharedBackbone`."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        lora: LoraSettings | None,
-        train_layers: int | Literal["all"],
-        critic: Literal["shared", "adapter"] | None,
-        reward: bool,
-        reference: bool,
-        reference_model: PreTrainedModel | None,
-        adapter: str | Path | None,
-    ):
+    def __init__(self, model: PreTrainedModel, settings: RoleSettings):
         super().__init__()
         config = model.config.get_text_config()
         depth = config.num_hidden_layers
-        check_settings(
-            depth,
-            lora=lora,
-            train_layers=train_layers,
-            critic=critic,
-            reward=reward,
-            reference=reference,
-            reference_model=reference_model,
-            adapter=adapter,
-            quantized=is_quantized(model),
-        )
+        settings.check(depth, quantized=is_quantized(model))
+        lora, critic, reward = settings.lora, settings.critic, settings.reward
+        reference, adapter = settings.reference, settings.adapter
+        reference_model, on_originals = settings.reference_model, settings.on_originals
         check_models(model, reference_model)
         self.lora, self.critic, self.has_reference = lora, critic, reference
-        self.top = depth if train_layers == "all" else train_layers
-        self.entire = lora is None and train_layers == "all"
-        on_originals = [r for r, on in (("critic", critic == "adapter"), ("reward", reward)) if on]
+        self.top = depth if settings.train_layers == "all" else settings.train_layers
+        self.entire = settings.entire
         for given in (model, reference_model):
             if given is not None:
                 compute_dequantized(given)

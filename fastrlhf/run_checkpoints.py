@@ -90,17 +90,25 @@ class Checkpoints:
                 "give an output_dir on another disk"
             )
 
-    def save(self, step: int) -> Path | None:
+    def moment(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after ``step`` rollouts holds beside tensors."""
+        files = self.folder.positions()
+        return {"step": step, **self.facts(), "files": files, **self.run.moment()}
+
+    def save(self, step: int, moment: Mapping[str, Any] | None = None) -> Path | None:
         """Write the checkpoint after ``step`` rollouts; None if the disk did not take it.
+
+        Args:
+            moment: the state then, where something but the weights has changed since.
 
         Raises:
             SelfCheckError: weights or optimizer state that are NaN or infinite.
         """
         folder = self.path / f"step-{step:06d}"
         try:
-            facts = {"step": step, **self.facts(), "files": self.folder.positions()}
+            state = self.moment(step) if moment is None else moment
             with in_place(folder) as made:
-                self.run.write(made, facts, self.config.to_yaml())
+                self.run.write(made, state, self.config.to_yaml())
             self.prune(folder)
         except (OSError, SafetensorError) as error:
             self.say(

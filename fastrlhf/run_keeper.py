@@ -1,7 +1,9 @@
 """A run from its first moment to its last: begun or resumed, kept while it goes on, left cleanly.
 
-Within `with keeper`, SIGTERM and Ctrl-C wait until the step is done and a checkpoint is written;
-whatever else breaks the block off, the weights are saved as `interrupted`.
+Within `with keeper`, SIGTERM and Ctrl-C wait until the step is done and a checkpoint is written.
+During the last evaluation they wait for its end and leave a checkpoint of the moment before it:
+whoever resumes evaluates, and that is all. Whatever else breaks the block off, the weights are
+saved as `interrupted`.
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .callbacks import Callbacks
 from .config import PPOConfig
+from .errors import UserError
 from .evaluation import Evaluation
 from .kept_settings import run_of
 from .metrics import PhaseTimer, RunFolder
 from .progress import Display
 from .resume import resume
 from .run_checkpoints import Checkpoints, resume_command
+from .run_end import RunEnd
 from .run_state import RunState
 from .stop_request import StopRequest
 
@@ -60,7 +65,10 @@ class RunKeeper:
         self.stop = StopRequest()
         self.checkpoints = Checkpoints(folder, run, config, self.facts, display.say)
         self.saved = 0  # the step after which the last checkpoint was written
-        run.others |= {"seconds": timer, "callbacks": callbacks}
+        self.end = RunEnd(config, display.say)
+        self.is_trained = False
+        self.moment: Mapping[str, Any] | None = None  # when training was done
+        run.others |= {"seconds": timer, "callbacks": callbacks, "end": self.end}
 
     @property
     def seconds(self) -> float:
@@ -80,6 +88,7 @@ class RunKeeper:
             UserError: a folder that holds a run, or none to go on with; no room on the disk.
         """
         done = 0
+        self.is_trained, self.moment = False, None
         if chosen:
             if chosen is not True:
                 self.folder.path = run_of(chosen)
@@ -98,20 +107,41 @@ class RunKeeper:
     def step_done(self, number: int) -> None:
         """Save where it is time to, and leave where a signal asked for that."""
         every, asked = self.config.save_steps, self.stop.signal
-        if self.callbacks.control.should_save or asked or (every and number % every == 0):
-            with self.timer("save"):
-                written = self.checkpoints.save(number)
-            self.timer.take_step()
-            if written:
-                self.saved = number
-                self.callbacks("on_save")
+        # What ended a run may be of a kind that would not end it again.
+        due = every and (number % every == 0 or self.end.reason is not None)
+        if self.callbacks.control.should_save or asked or due:
+            self.save(number)
         if asked:
-            again = resume_command(self.config, self.folder.path)
-            self.display.say(f"stopped after step {number}; go on with: {again}")
-            self.stop.leave(f"after step {number}")
+            self.leave(number)
+
+    def save(self, number: int) -> None:
+        with self.timer("save"):
+            written = self.checkpoints.save(number, self.moment)
+        self.timer.take_step()
+        if written:
+            self.saved = number
+            self.callbacks("on_save")
+
+    def leave(self, number: int) -> None:
+        again = resume_command(self.config, self.folder.path)
+        self.display.say(f"stopped after step {number}; go on with: {again}")
+        self.stop.leave(f"after step {number}")
+
+    def training_done(self, number: int) -> None:
+        """After ``number`` rollouts only the last evaluation is left, which changes no weight."""
+        self.is_trained = True
+        self.stop.after = "the last evaluation"
+        # What cannot be kept is told where it would have to be written.
+        with suppress(UserError):
+            self.moment = self.checkpoints.moment(number)
 
     def evaluated(self, result: Evaluation, step: int) -> None:
         """The policy after ``step`` rollouts was judged on the held-out prompts."""
+        if self.is_trained and self.stop.signal is not None:
+            # Nothing of the evaluation is kept: whoever resumes does it again.
+            if self.saved != step:
+                self.save(step)
+            self.leave(step)
         figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
         self.folder.append("evaluations.jsonl", {"step": step} | figures)
         self.callbacks("on_evaluate", metrics=figures)

@@ -60,11 +60,25 @@ class RunState:
     generators: Mapping[str, torch.Generator]
     others: dict[str, Stateful] = field(default_factory=dict)
 
-    def write(self, folder: Path, facts: Mapping[str, Any], config: str) -> None:
+    def moment(self) -> dict[str, Any]:
+        """All of it but for tensors, as JSON; what changes later changes nothing in it.
+
+        Raises:
+            UserError: one of `others` gives what JSON cannot hold.
+        """
+        others = {name: one.state_dict() for name, one in self.others.items()}
+        return {
+            "optimizer": optimizer_numbers(self.optimizer),
+            "schedule": plain("the schedule", self.schedule.state_dict()),
+            "random": random_state(self.generators),
+            "others": {name: plain(name, held) for name, held in others.items()},
+        }
+
+    def write(self, folder: Path, state: Mapping[str, Any], config: str) -> None:
         """Write a whole checkpoint to the folder that is there.
 
         Args:
-            facts: what else is to be known of it, as JSON.
+            state: of `moment`, and what else is to be known, as JSON.
             config: the run's configuration as YAML.
 
         Raises:
@@ -74,14 +88,6 @@ class RunState:
         check_finite(self.backbone, tensors.values())
         write_weights(self.backbone, folder)
         save_file(tensors, folder / TENSORS)
-        others = {name: one.state_dict() for name, one in self.others.items()}
-        state = {
-            **facts,
-            "optimizer": optimizer_numbers(self.optimizer),
-            "schedule": self.schedule.state_dict(),
-            "random": random_state(self.generators),
-            "others": {name: plain(name, held) for name, held in others.items()},
-        }
         (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         (folder / CONFIG).write_text(config, encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())

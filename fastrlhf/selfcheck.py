@@ -5,6 +5,9 @@ A check raises `SelfCheckError` where the identity is broken; the figures are me
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 
 from fastrlhf_kernels import LossStats
@@ -59,9 +62,21 @@ def check_experience(
     return {"rollout/logprob_gap_mean": float(gaps.mean()), "rollout/logprob_gap_max": float(gap)}
 
 
-def check_first_minibatch(stats: LossStats, dtype: torch.dtype) -> None:
-    """Before the first optimizer step on a rollout the policy is the one that was scored."""
+def check_first_minibatch(
+    stats: LossStats,
+    dtype: torch.dtype,
+    old_logprobs: Literal["scored", "sampled"] = "scored",
+) -> None:
+    """Before the first optimizer step on a rollout the policy is the one that was scored.
+
+    Args:
+        dtype: of the model's weights.
+        old_logprobs: whether that was by the update's own microbatches, or by sampling.
+    """
     ratio, clipfrac, approx_kl = float(stats.ratio), float(stats.clipfrac), float(stats.approx_kl)
+    if old_logprobs == "sampled":
+        check_sampled(ratio, approx_kl, ROLLOUT_SLACK.get(dtype, 1e-2))
+        return
     # Errors that cancel in the mean ratio cannot in approx_kl: its terms are half their squares.
     slack = RATIO_SLACK.get(dtype, 1e-4)
     # Written so that NaN fails too.
@@ -69,4 +84,20 @@ def check_first_minibatch(stats: LossStats, dtype: torch.dtype) -> None:
         raise SelfCheckError(
             f"the first minibatch has ratio {ratio:.6f}, approx_kl {approx_kl:.3g}, clipfrac "
             f"{clipfrac:.3g} instead of 1, 0, 0: scoring and update compute different things"
+        )
+
+
+def check_sampled(ratio: float, approx_kl: float, slack: float) -> None:
+    """Where the old log-probabilities are those of sampling, they lie within its ``slack``.
+
+    A token whose log-ratio is s at most has a ratio of exp(s) at most, and as its part of approx_kl
+    exp(s) - 1 - s; so have the means. A token may be clipped then: what was sampled in another
+    rounding is, for the update, of another policy.
+    """
+    most = math.expm1(slack)
+    if not (abs(ratio - 1) <= most and approx_kl <= most - slack):
+        raise SelfCheckError(
+            f"the first minibatch has ratio {ratio:.6f} and approx_kl {approx_kl:.3g}, and "
+            f"old_logprobs: sampled allows 1 ± {most:.3g} and {most - slack:.3g}: sampling and "
+            "update compute different things; see whether old_logprobs: scored passes"
         )

@@ -20,11 +20,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Within `with`, signals are kept here; afterwards they do what they did before.
 
-    `signal` is the one that came, or None.
+    `signal` is the one that came, or None; `after` names what it waits for.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.after = "this step"
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -47,7 +48,12 @@ class StopRequest:
         self.signal = number
         # A print could be in the middle of another one.
         again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        os.write(2, f"\nstopping after this step; {again} again stops at once\n".encode())
+        os.write(2, f"\nstopping after {self.after}; {again} again stops at once\n".encode())
+
+    def leave_if_asked(self, message: str) -> None:
+        """`leave`, if a signal came."""
+        if self.signal is not None:
+            self.leave(message)
 
     def leave(self, message: str) -> None:
         """Raise what the signal stands for: KeyboardInterrupt, or SystemExit with status 143."""

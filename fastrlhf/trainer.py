@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastrlhf_kernels import PolicyLossSpec, forbid_vocab_tensors
+from fastrlhf_kernels import PolicyLossSpec
 
 from .algorithms import ALGORITHMS
+from .audit import audited
 from .backbone import SharedBackbone
 from .barren_rollouts import BarrenRollouts
 from .callbacks import Callbacks
@@ -111,7 +111,10 @@ class PPOTrainer:
             self.reward = RewardScorer(reward, config)
             rows = load_rows(train_dataset if train_dataset is not None else config.dataset)
             eval_rows = None if eval_dataset is None else load_rows(eval_dataset)
-            self.reward.probe(["A prompt"], [{k: v for k, v in rows[0].items() if k != "prompt"}])
+            columns = [{k: v for k, v in rows[0].items() if k != "prompt"}]
+            self.reward.probe(["A prompt"], columns)
+            self.monitor = HackingMonitor.of_run(config, self.folder.append, self.display.say)
+            self.monitor.probe(["A prompt"], columns)
             source, tokenizer = find_model(model or config.model, processing_class, config)
             self.train_prompts, self.held_out = tokenized_prompts(
                 source, tokenizer, rows, eval_rows, config
@@ -139,7 +142,6 @@ class PPOTrainer:
             self.engine, self.reward, self.train_prompts, self.shuffler, config
         )
         self.barren = BarrenRollouts(config, self.display.say)
-        self.monitor = HackingMonitor.of_run(config, self.folder.append, self.display.say)
         given = {"model": self.backbone.model, "processing_class": tokenizer, "trainer": self}
         self.callbacks = Callbacks([*trackers, *callbacks], config, **given)
         known = identity(self.backbone, (self.train_prompts, self.held_out))
@@ -187,6 +189,7 @@ class PPOTrainer:
                 self.keeper.step_done(number)
                 if ended:
                     break
+            self.keeper.training_done(number)
             after = self.evaluate("after training", step=number)
             self.callbacks("on_train_end")
             self.keeper.checkpoints.save_final()
@@ -198,10 +201,8 @@ class PPOTrainer:
         # The last step is evaluated when training has ended.
         if control.should_evaluate or (every and number % every == 0 and number < config.steps):
             self.evaluate(f"after step {number}", step=number, brief=True)
-        if config.kl_limit is not None and line["objective/kl"] > config.kl_limit:
-            self.display.say(f"stopped: the KL exceeds kl_limit ({config.kl_limit})")
-            return True
-        return control.should_training_stop or self.monitor.stops
+        asked, warned = control.should_training_stop, self.monitor.stops
+        return self.keeper.end.decide(line, callback=asked, monitor=warned)
 
     def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
         """One rollout and what is learnt from it; its metrics."""
@@ -209,7 +210,7 @@ class PPOTrainer:
         with self.timer("rollout"):
             rollout, scores, sampling = self.sampler(prompts, self.generator)
             seen = self.barren.observe(rollout, scores)
-        with self.timer("score"), self.audited():
+        with self.timer("score"), audited(self.backbone, config):
             minibatches = self.deal(len(scores))
             experience = self.budget.run(
                 partial(self.cut, rollout.sequences, minibatches),
@@ -225,7 +226,7 @@ class PPOTrainer:
             checks = check_experience(
                 experience, rollout, untrained=number == 1, dtype=self.dtype, engine=config.engine
             )
-        with self.timer("update"), self.audited():
+        with self.timer("update"), audited(self.backbone, config):
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
@@ -275,7 +276,8 @@ class PPOTrainer:
         def check(parts: list[MicrobatchLoss]) -> None:
             nonlocal steps
             if first:
-                check_first_minibatch(MicrobatchLoss.added(parts).policy.stats, self.dtype)
+                stats = MicrobatchLoss.added(parts).policy.stats
+                check_first_minibatch(stats, self.dtype, self.config.old_logprobs)
             steps = True
 
         try:
@@ -291,10 +293,10 @@ class PPOTrainer:
         return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
 
     def batches(self, done: int = 0) -> Iterator[PromptSet]:
-        """The batches of prompts after the first ``done``."""
+        """The batches of prompts after the first ``done``; none in a run that has ended."""
         size, config = self.config.batch_size // self.config.num_generations, self.config
         dealt = self.train_prompts.batches(size, config.steps, config.seed)
-        return islice(dealt, done, None)
+        return islice(dealt, config.steps if self.keeper.end.reason else done, None)
 
     def deal(self, batch: int) -> list[Tensor]:
         """Shuffle a batch of sequences into minibatches."""
@@ -309,17 +311,6 @@ class PPOTrainer:
     @property
     def dtype(self) -> torch.dtype:
         return self.backbone.head.weight.dtype
-
-    def audited(self) -> AbstractContextManager:
-        """Under `audit`, refuse vocab-sized tensors beyond the head's workspace."""
-        if not self.config.audit:
-            return nullcontext()
-        return forbid_vocab_tensors(
-            # Half the workspace is the larger of its two buffers of logits.
-            self.config.workspace_mb * 2**19,
-            vocab_sizes={self.backbone.head.weight.shape[0]},
-            exempt=self.backbone.parameters(),
-        )
 
     def evaluate(self, when: str, step: int, brief: bool = False) -> Evaluation:
         with self.timer("evaluate"):

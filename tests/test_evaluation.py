@@ -7,7 +7,6 @@ import tiny
 
 from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.backbone import SharedBackbone
-from fastrlhf.evaluation import distinct_bigrams
 
 PROMPTS = [{"prompt": a + b} for a in "abcd" for b in "efgh"]
 CONFIG = PPOConfig(response_length=4, eval_prompts=8, batch_size=4, total_episodes=4, num_samples=0)
@@ -21,13 +20,6 @@ def evaluate(reward, tmp_path, **changes):
     )  # fmt: skip
     trainer.folder.make()
     return trainer.evaluate("now", step=0)
-
-
-def test_distinct_bigrams():
-    assert distinct_bigrams(["funny funny funny funny"]) == pytest.approx(1 / 3)
-    assert distinct_bigrams(["a b c", "c d"]) == 1.0
-    assert distinct_bigrams(["a b", "a b"]) == 0.5
-    assert distinct_bigrams(["", "one"]) == 0.0
 
 
 def test_the_same_seed_gives_the_same_evaluation(tmp_path):

@@ -12,7 +12,7 @@ from fastrlhf import PPOConfig, PPOTrainer, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.configs import GRPOConfig
 from fastrlhf.controllers import KLController
-from fastrlhf.rewards.monitor import Finding, HackingMonitor, distinct, repeated_share
+from fastrlhf.rewards.monitor import Finding, HackingMonitor, flat_share
 from fastrlhf.rewards.warning_signs import SIGNS, WINDOW
 from fastrlhf.types import Prompts, Rollout
 
@@ -88,6 +88,35 @@ def test_repetition_and_what_comes_with_it():
     assert finding.example.startswith("funny funny") and len(finding.example) < 210
     assert "in the first rollouts" in finding.sentence and "%" in finding.sentence
     assert run.line["monitor/repetition"] == pytest.approx(1 - 1 / 19)
+
+
+def ordinary(draw: random.Random, length: int) -> list[str]:
+    """Words in the shares of Zipf's law, as those of a language are."""
+    shares = [1 / (rank + 1) ** 1.1 for rank in range(3000)]
+    texts = [draw.choices(range(3000), shares, k=length) for _ in range(BATCH)]
+    return [" ".join(f"{WORDS[w % len(WORDS)]}{w}" for w in text) for text in texts]
+
+
+@pytest.mark.parametrize("first", [20, 500])
+def test_long_ordinary_text_is_no_sign(first):
+    run = Run()
+    for length in [first] * WINDOW + [500, 1000] * WINDOW:
+        run.show(ordinary(run.draw, length), [run.draw.gauss(0, 0.3) for _ in range(BATCH)])
+    assert run.signs == set()
+    assert run.line["monitor/repetition"] < 0.05
+
+
+def test_long_text_that_goes_round_is_one():
+    run = Run()
+    for _ in range(WINDOW):
+        run.show(ordinary(run.draw, 500))
+    for _ in range(WINDOW):
+        run.show([f"{text} " * 40 for text in ordinary(run.draw, 12)])
+    assert "repetition" in run.signs
+    paragraphs = Run()
+    for length, times in [(500, 1)] * WINDOW + [(100, 5)] * WINDOW:
+        paragraphs.show([f"{text} " * times for text in ordinary(run.draw, length)])
+    assert paragraphs.signs == {"compression"}
 
 
 def test_completions_that_are_all_one_are_alike_and_repeat_nothing():
@@ -290,23 +319,14 @@ def test_a_run_is_watched(tmp_path, hacking):
             assert raised == pytest.approx(1.25 if line["monitor/signs"] else 1)
 
 
-def test_the_figures_by_hand():
-    assert repeated_share([1, 2, 1, 2, 1]) == 0.5
-    assert repeated_share([1]) == 0
-    assert distinct(["a b a b"], 2) == pytest.approx(2 / 3)
-    assert distinct(["a", ""], 2) == 1
+def test_groups_whose_scores_are_equal():
+    none = float("nan")
+    scores = torch.tensor([1.0, 1.0, 2.0, 1.0, none, none, none, 3.0])
+    assert flat_share(scores, 2) == pytest.approx(2 / 3)
+    assert flat_share(scores, 1) == 0
+    assert flat_share(torch.tensor([2.0, none, 2.0]), 1) == 1
 
 
 def test_every_sign_is_tested_here():
     tested = {"gold", "repetition", "diversity", "compression", "length", "ending"}
     assert {sign.name for sign in SIGNS} == tested | {"truncation", "contrast", "kl"}
-
-
-def test_the_gold_judge_has_the_runs_time_out_and_retries():
-    config = PPOConfig(
-        gold="repetition", reward="sentiment + length_band", reward_timeout=7.0, reward_retries=5,
-        reward_weights=[1.0, 2.0], reward_bounds=[0, 1],
-    )  # fmt: skip
-    kept = HackingMonitor(config).gold.settings
-    assert (kept.reward_timeout, kept.reward_retries) == (7.0, 5)
-    assert kept.reward_weights is kept.reward_bounds is None

@@ -1,7 +1,9 @@
 """Training a reward model: it learns, its gradient is the loss's, and it says when it fails."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 import tiny
@@ -202,6 +204,40 @@ def test_what_was_best_is_saved_whatever_ends_the_run(base, tmp_path, error):
     expected = made.reward_model().scores(texts).tolist()
     assert RewardModel.from_pretrained(folder).scores(texts).tolist() == pytest.approx(expected)
     assert not list(folder.parent.glob(".model*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+@pytest.mark.parametrize("at", [4, 10], ids=["step", "last evaluation"])
+def test_a_signal_waits_for_the_step_and_leaves_the_best(
+    base, tmp_path, capsys, number, status, at
+):
+    made = trainer(base, tmp_path, eval_steps=2)
+    assert made.steps == 10
+    name = "step" if at < made.steps else "evaluate"
+    original, done = getattr(made, name), []
+
+    def signalled(step, *given):
+        if step == at:
+            os.kill(os.getpid(), number)
+        found = original(step, *given)
+        done.append(step)
+        return found
+
+    setattr(made, name, signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit if status else KeyboardInterrupt) as stopped:
+        made.train()
+    if status:
+        assert stopped.value.code == status
+    assert signal.getsignal(number) == before
+    # What was under way is done, and nothing after it.
+    assert done[-1] == at
+    told = capsys.readouterr().err
+    assert "the best weights so far (step" in told and "cannot be gone on with" in told
+    facts = json.loads((tmp_path / "run/model/reward.json").read_text())
+    assert facts["step"] == made.best["step"] and not facts["normalized"]
+    assert len(RewardModel.from_pretrained(tmp_path / "run/model").scores(["abc"])) == 1
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_a_model_that_cannot_be_normalised_is_saved(base, tmp_path, monkeypatch):

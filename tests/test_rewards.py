@@ -73,6 +73,9 @@ def test_reward_from_a_file(tmp_path):
         load_reward(f"{tmp_path}/none.py:length")
     with pytest.raises(UserError, match="did you mean 'sentiment'"):
         load_reward("sentimant")
+    for several in ("sentiment + 0.1*length_band(20, 60)", "0.5*sentiment", "-repetition"):
+        with pytest.raises(UserError, match=r"gives one function; call load_objectives\("):
+            load_reward(several)
 
 
 class FakeRollout:

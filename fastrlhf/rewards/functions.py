@@ -23,7 +23,8 @@ from ..errors import UserError, nearest
 from ..reward_settings import RewardSettings
 from ..types import Rollout
 from . import answers, texts
-from .registry import REWARDS, UNBOUNDED, Objective, RewardFunction, parse
+from .checked_answers import checked_answer
+from .registry import REWARDS, Objective, RewardFunction, parse
 from .remote import RemoteReward, attempts, wait_for
 from .shaping import ObjectiveShaper, weighted_sum
 
@@ -45,10 +46,16 @@ def load_reward(name: str) -> RewardFunction:
     """One reward by its name, path or address.
 
     Raises:
-        UserError: no such reward, file or function, or a file that fails on import.
+        UserError: no such reward, file or function, a file that fails on import, or a sum, whose
+            weights a function alone does not have.
     """
-    (objective,) = load_objectives(name)
-    return objective.function
+    objectives = load_objectives(name)
+    if len(objectives) > 1 or objectives[0].weight != 1:
+        raise UserError(
+            f"the reward {name!r} is a sum with weights, and load_reward gives one function; call "
+            f"load_objectives({name!r})"
+        )
+    return objectives[0].function
 
 
 def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
@@ -148,14 +155,17 @@ class RewardScorer:
                     raise
                 say(f"the reward model has a base of its own: {error}")
 
-    def probe(self, prompts: Sequence[str], columns: Sequence[dict]) -> None:
+    def probe(
+        self, prompts: Sequence[str], columns: Sequence[dict], *, models: bool = False
+    ) -> None:
         """Call the functions once before any time is lost, on a made-up completion a prompt.
 
-        Reward models are not called: they may have no backbone yet.
+        Args:
+            models: call reward models too, which load a base of their own where none was shared.
         """
         made_up = [" It is what it is."] * len(prompts)
         for objective in self.objectives:
-            if not hasattr(objective.function, "share"):
+            if models or not hasattr(objective.function, "share"):
                 self.columns(objective, list(prompts), made_up, [[0]] * len(prompts), columns)
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -270,7 +280,9 @@ class RewardScorer:
                 "it is called with keywords prompts, completions, completion_ids and the columns"
             ) from error
         bounds = settings.reward_bounds or objective.bounds
-        return checked(scores, completions, objective.name, tuple(bounds), self.width(objective))
+        return checked_answer(
+            scores, completions, objective.name, tuple(bounds), self.width(objective)
+        )
 
     def width(self, objective: Objective) -> int:
         """How many columns an answer of None alone has."""
@@ -279,70 +291,3 @@ class RewardScorer:
         # Of one objective, there are as many as weights.
         alone = len(weights) if weights and len(self.objectives) == 1 else 1
         return len(own) if own else self.widths.get(objective.name, alone)
-
-
-def checked(
-    scores: Any,
-    completions: Sequence[str],
-    name: str,
-    bounds: tuple[float, float] = UNBOUNDED,
-    width: int = 1,
-) -> list[list[float]]:
-    """Scores by column (``width`` where none was judged), NaN for None, or what is wrong."""
-    try:
-        scores = list(scores)
-    except TypeError as error:
-        raise UserError(
-            f"the reward {name!r} returned {type(scores).__name__}; "
-            "return a list with one float per completion"
-        ) from error
-    if len(scores) != len(completions):
-        raise UserError(
-            f"the reward {name!r} returned {len(scores)} scores for {len(completions)} "
-            "completions; return one each, in order"
-        )
-    rows = [several(row) for row in scores]
-    widths = {len(row) for row, score in zip(rows, scores, strict=True) if score is not None}
-    if len(widths) > 1:
-        raise UserError(
-            f"the reward {name!r} returned {' and '.join(map(str, sorted(widths)))} scores a "
-            "completion; return as many for each"
-        )
-    width = widths.pop() if widths else width
-    numbers = []
-    for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        given = [None] * width if score is None else row
-        numbers.append([number(x, name, index, completions[index], bounds) for x in given])
-    return [list(column) for column in zip(*numbers, strict=True)]
-
-
-def several(score: Any) -> list[Any]:
-    if isinstance(score, Tensor):
-        score = score.tolist()
-    return list(score) if isinstance(score, list | tuple) else [score]
-
-
-def number(
-    score: Any, name: str, index: int, completion: str, bounds: tuple[float, float]
-) -> float:
-    if score is None:
-        return math.nan
-    try:
-        value = float(score)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the reward {name!r} returned {score!r} for completion {index}; return a float or None"
-        ) from error
-    if not math.isfinite(value):
-        raise UserError(
-            f"the reward {name!r} returned {value} for completion {index} "
-            f"({completion[:60]!r}); return a finite number, or None to skip it"
-        )
-    low, high = bounds
-    if not low <= value <= high:
-        raise UserError(
-            f"the reward {name!r} returned {value:g} for completion {index} "
-            f"({completion[:60]!r}), outside of its bounds [{low:g}, {high:g}]; correct it, or "
-            "widen reward_bounds"
-        )
-    return value

@@ -13,26 +13,29 @@ the judge's falls (Gao et al. 2023). It is asked once a rollout.
 from __future__ import annotations
 
 import math
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
 from statistics import correlation, fmean, pstdev
 from typing import Any
 
 from torch import Tensor
 
+from ..advantages import equal_scores
 from ..config import PPOConfig
 from ..controllers import KLController
+from ..errors import UserError
+from ..text_figures import compression, distinct, repeated_share
 from ..types import Rollout
 from .functions import RewardFunction, RewardScorer
 from .warning_signs import SIGNS, WINDOW, Figures, Sign
 
-__all__ = ["Finding", "HackingMonitor", "distinct", "repeated_share"]
+__all__ = ["Finding", "HackingMonitor"]
 
 RAISE = 1.25
+# Of each completion, to tell whether completions are alike: all words of long ones never are.
+DISTINCT_WORDS = 50
 # What a sparse reward or a short response_length shows too: told, and no reason to act.
 ONLY_TOLD = ("truncation", "contrast")
 
@@ -72,7 +75,8 @@ class HackingMonitor:
         gold = config.gold if gold is None else gold
         # The weights and bounds are those of the reward that is trained on.
         judged = replace(config, reward_weights=None, reward_bounds=None)
-        self.gold = None if gold is None else RewardScorer(gold, judged)
+        with of_gold():
+            self.gold = None if gold is None else RewardScorer(gold, judged)
         self.tell = tell
         self.found: list[Finding] = []
         # The run's first rollouts, and its last 2 * WINDOW.
@@ -95,6 +99,16 @@ class HackingMonitor:
             say(f"reward hacking? {finding}{ending}")
 
         return cls(config, tell=tell)
+
+    def probe(self, prompts: Sequence[str], columns: Sequence[dict[str, Any]]) -> None:
+        """Ask the gold judge once before any time is lost, a reward model too: it has its own base.
+
+        Raises:
+            UserError: it fails, or what it returns cannot be.
+        """
+        if self.gold is not None:
+            with of_gold():
+                self.gold.probe(prompts, columns, models=True)
 
     @property
     def findings(self) -> list[str]:
@@ -124,10 +138,11 @@ class HackingMonitor:
         Returns:
             The figures as metrics, and how many signs show.
         """
-        rows = rows_of(rollout, scores, self.gold, self.config.num_generations)
+        rows = rows_of(rollout, scores, self.gold)
         if not rows:
             return {}
         figures = summary(rows, line.get("objective/kl"), self.config)
+        figures["zero_std"] = flat_share(scores, self.config.num_generations)
         if self.first and figures.get("kl"):
             gained = figures["score"] - fmean(x["score"] for x in self.first)
             figures["score_per_nat"] = gained / figures["kl"]
@@ -179,6 +194,15 @@ class HackingMonitor:
         self.showing = list(state["showing"])
 
 
+@contextmanager
+def of_gold() -> Iterator[None]:
+    """Within the block errors name the setting that they are of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"gold: {error}") from error
+
+
 @dataclass(frozen=True)
 class Row:
     """A judged completion."""
@@ -188,13 +212,10 @@ class Row:
     length: int  # tokens
     ended: bool
     repetition: float
-    group: int
     gold: float | None
 
 
-def rows_of(
-    rollout: Rollout, scores: Tensor, gold: RewardScorer | None, num_generations: int
-) -> list[Row]:
+def rows_of(rollout: Rollout, scores: Tensor, gold: RewardScorer | None) -> list[Row]:
     golds = [math.nan] * len(scores) if gold is None else gold(rollout).tolist()
     columns = zip(
         rollout.completions, scores.tolist(), rollout.completion_ids(), rollout.ended.tolist(),
@@ -202,10 +223,10 @@ def rows_of(
     )  # fmt: skip
     return [
         Row(
-            text, score, len(ids), ended, repeated_share(ids), i // num_generations,
+            text, score, len(ids), ended, repeated_share(ids),
             None if math.isnan(judged) else judged,
         )
-        for i, (text, score, ids, ended, judged) in enumerate(columns)
+        for text, score, ids, ended, judged in columns
         if not math.isnan(score)
     ]  # fmt: skip
 
@@ -220,9 +241,8 @@ def summary(rows: Sequence[Row], kl: float | None, config: PPOConfig) -> Figures
         "length": fmean(lengths),
         "repetition": fmean(row.repetition for row in rows),
         "compression": compression(texts),
-        "zero_std": flat_share(rows),
     }
-    figures |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    figures |= {f"distinct_{n}": distinct(texts, n, DISTINCT_WORDS) for n in (1, 2, 3)}
     if config.stop_token is not None:
         figures["eos"] = fmean(row.ended for row in rows)
         figures["truncated"] = 1 - figures["eos"]
@@ -243,32 +263,11 @@ def weight(example: str, row: Row) -> float:
     return {"repetition": row.repetition, "length": float(row.length)}.get(example, row.score)
 
 
-def repeated_share(tokens: Sequence[int]) -> float:
-    """The share of a completion's token pairs that it has had before; 0 without a pair."""
-    pairs = list(pairwise(tokens))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+def flat_share(scores: Tensor, num_generations: int) -> float:
+    """The share of groups whose scores, [B], are all equal; of completions by themselves: 1 or 0.
 
-
-def compression(texts: Sequence[str]) -> float:
-    """Bytes that zlib makes of all texts together, over their own; 1 without text."""
-    raw = "\n".join(texts).encode()
-    return len(zlib.compress(raw, 9)) / len(raw) if raw else 1.0
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over word n-grams in all ``texts`` (Li et al. 2016); 1 without any."""
-    grams = []
-    for text in texts:
-        words = text.split()
-        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def flat_share(rows: Sequence[Row]) -> float:
-    """The share of groups whose scores are all equal; of completions by themselves: 1 or 0."""
-    groups: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(row.score)
-    if max(map(len, groups.values())) == 1:
-        return float(len({row.score for row in rows}) == 1)
-    return fmean(len(set(scores)) == 1 for scores in groups.values())
+    NaN is no score, and a group without any does not count.
+    """
+    size = num_generations if num_generations > 1 else len(scores)
+    judged = ~scores.view(-1, size).isnan().all(1)
+    return float(equal_scores(scores, size)[judged].float().mean())

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ..errors import UserError
+from ..text_figures import distinct
 from .registry import register
 
 __all__ = ["format_match", "length_band", "repetition", "sentiment"]
@@ -62,12 +63,7 @@ def repetition(completions: Sequence[str], *, n: int = 2, **_: object) -> list[f
     """
     if n < 1:
         raise UserError(f"repetition({n}) counts no words; n is at least 1")
-    scores = []
-    for text in completions:
-        words = text.lower().split()
-        grams = list(zip(*(words[i:] for i in range(n)), strict=False))
-        scores.append(len(set(grams)) / len(grams) - 1.0 if grams else 0.0)
-    return scores
+    return [distinct([text.lower()], n) - 1.0 for text in completions]
 
 
 @register("format_match", bounds=(0.0, 1.0))
