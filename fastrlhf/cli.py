@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Sequence
 
 from .commands import Given
-from .configs import CONFIGS
 from .errors import SelfCheckError, UserError
 from .verbs import VERBS
 
@@ -40,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stopped:  # SIGTERM, after a checkpoint
         return int(stopped.code or 0)
     except KeyboardInterrupt:
-        kept = "; what was written is in the run's folder" if arguments.verb in CONFIGS else ""
-        print(f"fastrlhf: interrupted{kept}", file=sys.stderr)
+        print(f"fastrlhf: interrupted{VERBS[arguments.verb].interrupted}", file=sys.stderr)
         return 130
 
 

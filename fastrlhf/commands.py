@@ -7,14 +7,16 @@ transformers, which take seconds, are imported when the settings are known to be
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import load_config
-from .configs import CONFIGS
+from .config import load_config, read_recipe
+from .configs import CONFIGS, kind_of
 from .errors import SelfCheckError, UserError
 from .kept_settings import resume_config
 from .reward_config import RewardConfig
@@ -24,6 +26,7 @@ __all__ = [
     "bench",
     "evaluate",
     "export",
+    "pareto",
     "plan",
     "plot",
     "report",
@@ -31,6 +34,9 @@ __all__ = [
     "train",
     "xray",
 ]
+
+
+IS_SETTING = re.compile("[a-z0-9_]+=")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ class Given:
     settings: Sequence[tuple[str, str]]  # key and value, both as text
     words: Sequence[str]  # what is handed on as it is
     started: float  # `time.perf_counter()` at the process's start
+
+
+@contextmanager
+def audit_told() -> Iterator[None]:
+    """Say in one line what the audit of a training has found."""
+    from fastrlhf_kernels import VocabTensorError
+
+    try:
+        yield
+    except VocabTensorError as error:
+        raise SelfCheckError(f"audit: {error}") from error
 
 
 def train(given: Given) -> int:
@@ -56,8 +73,6 @@ def train(given: Given) -> int:
         config = load_config(recipe, given.settings, kind)
     if (options.gpu or options.memory) and not options.auto:
         raise UserError("--gpu and --memory are for --auto and for `fastrlhf plan`; add --auto")
-    from fastrlhf_kernels import VocabTensorError
-
     from .metrics import RunFolder
     from .trainers import TRAINERS
 
@@ -70,12 +85,32 @@ def train(given: Given) -> int:
     if not resumed:
         RunFolder(config.output_dir, name or config.algorithm).refuse_run()
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
-    try:
+    with audit_told():
         trainer = TRAINERS[given.verb](args=config, name=name, started=given.started)
         summary = trainer.train(resume_from_checkpoint=resumed)
-    except VocabTensorError as error:
-        raise SelfCheckError(f"audit: {error}") from error
     print(json.dumps(asdict(summary)))
+    return 0
+
+
+def pareto(given: Given) -> int:
+    """Train for two rewards and show what lies between."""
+    options = given.options
+    # What stands right behind `--rewards A B` was taken for rewards.
+    mistaken = [word.partition("=") for word in options.rewards if IS_SETTING.match(word)]
+    rewards = [word for word in options.rewards if not IS_SETTING.match(word)]
+    settings = [*given.settings, *((key, value) for key, _, value in mistaken)]
+    for name, flag in (("reward", "--rewards"), ("output_dir", "--output")):
+        if name in dict(settings):
+            raise UserError(f"{name} is what {flag} gives here; leave {name} out")
+    recipe = options.config
+    own = read_recipe(recipe) if recipe else {}
+    named = dict(settings).get("algorithm", own.get("algorithm"))
+    config = load_config(recipe, settings, kind_of(named))
+    from .pareto import pareto_front
+
+    with audit_told():
+        front = pareto_front(config, rewards, options.points, options.output)
+    print(json.dumps(asdict(front)))
     return 0
 
 

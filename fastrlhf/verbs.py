@@ -47,6 +47,8 @@ class Verb:
     """A configuration whose settings stand in the help, in place of an epilog."""
     has_help: bool = True
     """False: `--help` is one of the words to hand on."""
+    interrupted: str = ""
+    """What is left of it after Ctrl-C, as a clause that ends a sentence."""
 
     @property
     def closing(self) -> str | None:
@@ -86,6 +88,7 @@ TRAIN = tuple(
             *BUDGET,
         ),
         lists=kind,
+        interrupted="; what was written is in the run's folder",
     )
     for name, kind in CONFIGS.items()
 )
@@ -117,6 +120,36 @@ REWARD = Verb(
     "Prints the summary as one line of JSON.",
     (option("--config", "a .yaml file", metavar="RECIPE"),),
     lists=RewardConfig,
+)
+
+PARETO = Verb(
+    "pareto",
+    "train for two rewards and draw the front between them",
+    commands.pareto,
+    "Train one policy for each of two rewards, interpolate the two adapters, judge every policy on "
+    "the same held-out prompts by both rewards, and draw the front. Prints it as one line of JSON. "
+    "What was broken off goes on where the same command is given again.",
+    (
+        RECIPE,
+        option(
+            "--rewards",
+            "two of what reward= takes, like sentiment 'length_band(3, 6)'",
+            nargs="+",
+            required=True,
+            metavar="REWARD",
+        ),
+        option(
+            "--points",
+            "policies, the two trained ones among them: 5",
+            type=int,
+            default=5,
+            metavar="N",
+        ),
+        option("--output", "default: runs/pareto", default="runs/pareto", metavar="DIR"),
+    ),
+    epilog="Takes the settings of the training verbs, each as --key value or key=value, for both "
+    "trainings.",
+    interrupted="; the same command goes on with it",
 )
 
 EVAL = Verb(
@@ -213,5 +246,6 @@ XRAY = Verb(
 )
 
 VERBS = {
-    verb.name: verb for verb in (*TRAIN, PLAN, REWARD, EVAL, PLOT, REPORT, BENCH, EXPORT, XRAY)
+    verb.name: verb
+    for verb in (*TRAIN, PLAN, REWARD, PARETO, EVAL, PLOT, REPORT, BENCH, EXPORT, XRAY)
 }
