@@ -7,7 +7,6 @@ transformers, which take seconds, are imported when the settings are known to be
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +33,6 @@ __all__ = [
     "train",
     "xray",
 ]
-
-
-IS_SETTING = re.compile("[a-z0-9_]+=")
 
 
 @dataclass(frozen=True)
@@ -95,21 +91,17 @@ def train(given: Given) -> int:
 def pareto(given: Given) -> int:
     """Train for two rewards and show what lies between."""
     options = given.options
-    # What stands right behind `--rewards A B` was taken for rewards.
-    mistaken = [word.partition("=") for word in options.rewards if IS_SETTING.match(word)]
-    rewards = [word for word in options.rewards if not IS_SETTING.match(word)]
-    settings = [*given.settings, *((key, value) for key, _, value in mistaken)]
     for name, flag in (("reward", "--rewards"), ("output_dir", "--output")):
-        if name in dict(settings):
+        if name in dict(given.settings):
             raise UserError(f"{name} is what {flag} gives here; leave {name} out")
     recipe = options.config
     own = read_recipe(recipe) if recipe else {}
-    named = dict(settings).get("algorithm", own.get("algorithm"))
-    config = load_config(recipe, settings, kind_of(named))
+    named = dict(given.settings).get("algorithm", own.get("algorithm"))
+    config = load_config(recipe, given.settings, kind_of(named))
     from .pareto import pareto_front
 
     with audit_told():
-        front = pareto_front(config, rewards, options.points, options.output)
+        front = pareto_front(config, options.rewards, options.points, options.output)
     print(json.dumps(asdict(front)))
     return 0
 

@@ -134,9 +134,9 @@ PARETO = Verb(
         option(
             "--rewards",
             "two of what reward= takes, like sentiment 'length_band(3, 6)'",
-            nargs="+",
+            nargs=2,
             required=True,
-            metavar="REWARD",
+            metavar=("A", "B"),
         ),
         option(
             "--points",
