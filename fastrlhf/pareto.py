@@ -15,6 +15,7 @@ samples.jsonl.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -192,6 +193,8 @@ def train(config: PPOConfig) -> None:
     say(f"training for {config.reward} in {path}")
     verb = next(verb for verb, kind in CONFIGS.items() if kind is type(config))
     TRAINERS[verb](args=config, name=path.name).train(resume_from_checkpoint=kept is not None)
+    # A trainer refers to itself in cycles: its weights would stay beside the next one's.
+    gc.collect()
 
 
 def held_out(config: PPOConfig, scorers: dict[str, RewardScorer]) -> tuple[Pretrained, PromptSet]:
@@ -265,7 +268,7 @@ def keep(front: Front, prompts: PromptSet, told: Sequence[Answers], labels: Sequ
                 line |= {"completion": answer.completions[i], "scores": judged_as}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if can_plot():
-        draw_front([asdict(front)], labels, output / "pareto.png")
+        draw_front(asdict(front), labels, output / "pareto.png")
     else:
         say("no plot: pip install matplotlib")
 

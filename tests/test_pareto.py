@@ -175,11 +175,18 @@ def test_dominated():
     assert dominated([(1, 1), (1, 1)]) == [False, False]
 
 
-def test_several_fronts_in_one_picture(folder):
+def test_the_picture(folder, monkeypatch):
+    """The front's line runs through what is not dominated; what is stays beside it."""
     figures = pytest.importorskip("matplotlib.figure")
-    assert figures
-    output = folder / "two.png"
-    pareto_plot.draw_front(
-        [kept(folder)] * 2, ["letters", "others"], output, names=["1", "2"], title="two"
-    )
-    assert output.read_bytes().startswith(b"\x89PNG")
+    saved = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    front = kept(folder)
+    for point, (x, y) in zip(front["points"], [(0, 1), (0.2, 0.2), (1, 0)], strict=True):
+        point["scores"] = [{"value": v, "low": v - 0.1, "high": v + 0.1} for v in (x, y)]
+        point["dominated"] = x == 0.2
+    pareto_plot.draw_front(front, ["letters", "others"], folder / "unseen.png")
+    (axes,) = saved[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["front"] == [[0, 1], [1, 0]] and lines["dominated"] == [[0.2, 0.2]]
+    assert axes.get_xlabel().endswith("letters") and axes.get_ylabel().endswith("others")
+    assert "24 held-out prompts" in axes.get_title(loc="left")
