@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
+from fastrlhf.errors import SelfCheckError, UserError
 from fastrlhf.verbs import VERBS, Option, Verb, option
 
 
@@ -50,3 +52,24 @@ def test_verbs_without_settings_refuse_them(capsys, name):
     needed = ["--output", "made"] if name == "export" else []
     assert main([name, *("somewhere" for _ in places), *needed, "--kl-coef=1"]) == 2
     assert "'--kl-coef=1' is no option of this verb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "name", "status", "told"),
+    [
+        (UserError("what is wrong"), "plot", 2, "fastrlhf: error: what is wrong\n"),
+        (SelfCheckError("what broke"), "plot", 1, "fastrlhf: error: what broke\n"),
+        (SystemExit(143), "plot", 143, ""),
+        (KeyboardInterrupt(), "plot", 130, "fastrlhf: interrupted\n"),
+        (KeyboardInterrupt(), "ppo", 130, "interrupted; what was written is in the run's folder\n"),
+        (KeyboardInterrupt(), "pareto", 130, "interrupted; the same command goes on with it\n"),
+    ],
+)
+def test_how_a_verb_may_end(capsys, monkeypatch, raised, name, status, told):
+    def runs(given):
+        raise raised
+
+    monkeypatch.setitem(VERBS, name, replace(VERBS[name], runs=runs))
+    words = {"plot": ["run"], "pareto": ["--rewards", "a", "b"]}.get(name, [])
+    assert main([name, *words]) == status
+    assert capsys.readouterr().err.endswith(told)
