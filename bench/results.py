@@ -234,7 +234,13 @@ def reward_model_table() -> str:
     return "\n".join(lines)
 
 
-REWARD_TABLES = {"reward_model": reward_model_table}
+def pareto_table() -> str:
+    import pareto  # which imports this module
+
+    return pareto.table()
+
+
+REWARD_TABLES = {"reward_model": reward_model_table, "pareto": pareto_table}
 
 
 def decode_table() -> str:

@@ -31,7 +31,7 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter that was read and fits the model that it was read for."""
+    """A plain LoRA adapter that was read."""
 
     folder: Path
     config: LoraConfig
@@ -43,6 +43,17 @@ class AdapterFile:
 
         Raises:
             UserError: no adapter there, one of another kind, or one that fits another model.
+        """
+        file = cls.open(folder)
+        check_fit(file.folder, file.config, file.state, model, first_layer)
+        return file
+
+    @classmethod
+    def open(cls, folder: str | Path) -> AdapterFile:
+        """Read the adapter in ``folder``, whatever model it is for.
+
+        Raises:
+            UserError: no adapter there, or one of another kind.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -61,7 +72,6 @@ class AdapterFile:
                 f"adapter {folder} cannot be read ({reason}): give a folder written by PEFT"
             ) from error
         check_kind(folder, kind, config)
-        check_fit(folder, config, state, model, first_layer)
         config.inference_mode, config.lora_dropout = False, 0.0
         return cls(folder, config, state)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from .config import PPOConfig
 
-__all__ = ["CONFIGS", "A2CConfig", "GRPOConfig", "RLOOConfig", "ReinforceConfig"]
+__all__ = ["CONFIGS", "A2CConfig", "GRPOConfig", "RLOOConfig", "ReinforceConfig", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,8 @@ CONFIGS: dict[str, type[PPOConfig]] = {
     "reinforce": ReinforceConfig,
     "a2c": A2CConfig,
 }
+
+
+def kind_of(algorithm: Any) -> type[PPOConfig]:
+    """The configuration that has ``algorithm``, else PPO's, which then says what is wrong."""
+    return next((kind for kind in CONFIGS.values() if algorithm in kind.family), PPOConfig)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from .checkpoint import ADAPTER, OWN, in_place
 from .config import PPOConfig, from_mapping
-from .configs import CONFIGS
+from .configs import kind_of
 from .errors import UserError
 from .kept_settings import parse
 from .pretrained import find_pretrained
@@ -81,8 +81,7 @@ NOT_THE_MODEL = (
 def config_of(run: Path) -> PPOConfig:
     path = run / "config.yaml"
     settings = parse(path.read_text(encoding="utf-8"), str(path))
-    kinds = [kind for kind in CONFIGS.values() if settings.get("algorithm") in kind.family]
-    return from_mapping(settings, kinds[0] if kinds else PPOConfig)
+    return from_mapping(settings, kind_of(settings.get("algorithm")))
 
 
 def chosen(checkpoints: Path, name: str | None) -> Path:

@@ -1,6 +1,7 @@
 """The picture of runs: reward, KL, entropy and more over their episodes, one colour a run.
 
-A panel whose figure no run has measured (a KL without a reference) is left out. Evaluations on the
+A panel whose figure no run has measured (a KL without a reference) is left out. Where rewards have
+several objectives, each has a panel with its scores as they were returned. Evaluations on the
 held-out prompts are points on the run's curves. The last panel is where the time went.
 """
 
@@ -17,13 +18,15 @@ from .run_files import RunRecord, read_run
 __all__ = ["can_plot", "plot_runs", "save_plot"]
 
 # A metric, the key of an evaluation that measures the same, unit, title.
-PANELS = (
+Panel = tuple[str, str | None, str, str]
+PANELS: tuple[Panel, ...] = (
     ("objective/scores", "score", "mean score", "Reward"),
     ("objective/kl", "kl", "nats a sequence", "KL to the reference (exact)"),
     ("objective/entropy", "entropy", "nats a token", "Entropy of the policy"),
     ("policy/clipfrac", None, "share of tokens", "Clipped by PPO"),
     ("val/explained_variance", None, "share of variance", "Explained by the critic"),
 )
+OBJECTIVE = "reward/"  # before an objective's name, in a metric
 COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8e5aa8", "#b8902f", "#4b4e6d", "#d17a9b", "#6b6b6b")
 SPREAD = 1.15  # headroom for a critic that is worse than the mean
 
@@ -60,7 +63,7 @@ def plot_runs(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [p for p in PANELS if any(p[0] in line for run in runs for line in run.metrics)]
+    panels = panels_of(runs)
     names = unique_names(runs)
     columns = 3
     rows = -(-(len(panels) + 1) // columns)
@@ -78,9 +81,18 @@ def plot_runs(
     figure.savefig(output, dpi=110, **options)
 
 
-def draw_panel(
-    axes: Any, panel: tuple[str, str | None, str, str], runs: Sequence[RunRecord]
-) -> None:
+def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
+    """The panels that a run has figures for; each objective's stand behind the reward's."""
+    measured = dict.fromkeys(key for run in runs for line in run.metrics for key in line)
+    objectives: list[Panel] = [
+        (key, None, "mean score, unscaled", f"Objective: {key.removeprefix(OBJECTIVE)}")
+        for key in measured
+        if key.startswith(OBJECTIVE)
+    ]
+    return [p for p in (PANELS[0], *objectives, *PANELS[1:]) if p[0] in measured]
+
+
+def draw_panel(axes: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
     key, evaluated, unit, name = panel
     drawn = []
     for number, run in enumerate(runs):

@@ -61,6 +61,15 @@ def test_what_no_run_measured_has_no_panel(tmp_path, drawn):
     assert "KL to the reference (exact)" not in titles(drawn[0])
 
 
+def test_every_objective_has_a_panel(tmp_path, drawn):
+    """Behind the reward's, whichever of the runs has it."""
+    several = make_run(tmp_path / "b", 3, **{"reward/sentiment": 0.5, "reward/short": 0.25})
+    plot.save_plot([make_run(tmp_path / "a", 2), several], tmp_path / "both.png")
+    own = ["Objective: sentiment", "Objective: short"]
+    assert titles(drawn[0])[:3] == ["Reward", *own]
+    assert curves(drawn[0], own[1]) == [[[4, 0.25], [8, 0.25], [12, 0.25]]]
+
+
 def test_names_that_are_the_same_become_paths(tmp_path):
     runs = [read_run(make_run(tmp_path / x / "ppo", 1)) for x in "ab"]
     assert plot.unique_names(runs) == [str(tmp_path / "a/ppo"), str(tmp_path / "b/ppo")]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
         ("README.md", "results", "TABLES"),
         ("docs/kernels.md", "tables", "TABLES"),
         ("docs/memory.md", "results", "MEMORY_TABLES"),
+        ("docs/rewards.md", "results", "REWARD_TABLES"),
     ],
 )
 def test_tables_are_generated(page, module, tables, monkeypatch):
