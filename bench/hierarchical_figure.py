@@ -4,7 +4,7 @@ Thin lines are seeds, thick ones their means.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mode_prompts import FACTS, SCENES
@@ -64,7 +64,7 @@ def draw() -> None:
 def lines(
     axes: Any,
     rows: Sequence[Row],
-    value: Any,
+    value: Callable[[Row], float],
     colour: str,
     style: str,
     label: str,
@@ -118,7 +118,7 @@ def told(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"Scores of held-out prompts after {max(row['episodes'] for row in rows)} episodes (mean "
-        f"along the run: of all evaluations but the first); KL in nats a sequence. The hierarchical "
+        "along the run: of all evaluations but the first); KL in nats a sequence. The hierarchical "
         f"policy ends above {', '.join(above)}. Measured on {last['device']}, torch "
         f"{last['torch']}, one thread.",
     ]

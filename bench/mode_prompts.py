@@ -29,7 +29,9 @@ QUESTIONS = {
         "spinach green, sugar white, salt white, wheat yellow, broccoli green"
     ),
     "Which animal says {}?": "moo cow, woof dog, meow cat, oink pig, quack duck, neigh horse",
-    "What do you call a young {}?": "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, hen chick",
+    "What do you call a young {}?": (
+        "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, hen chick"
+    ),
 }
 REQUESTS = {
     "Describe {}.": (
@@ -50,8 +52,8 @@ REQUESTS = {
         "a kite, a bridge"
     ),
     "Invent a story of {}.": (
-        "a fox, a king, a robot, a pirate, a wizard, a teacher, a whale, a giant, a mouse, a doctor, "
-        "a dragon, a postman"
+        "a fox, a king, a robot, a pirate, a wizard, a teacher, a whale, a giant, a mouse, "
+        "a doctor, a dragon, a postman"
     ),
 }  # fmt: skip
 SYSTEM = {"role": "system", "content": "You answer the user."}
