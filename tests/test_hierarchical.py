@@ -150,9 +150,10 @@ def test_a_signal_is_told_how_to_go_on_in_python(tmp_path):
 def test_its_run_is_exported_and_not_judged_without_modes(tmp_path, capsys):
     folder = str(tiny.folder(tmp_path / "model"))
     config = replace(FAST, model=folder, output_dir=str(tmp_path / "run"), total_episodes=32)
-    HierarchicalTrainer(None, fitting_e, config, PROMPTS).train()
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    HierarchicalTrainer(None, fitting_e, config, str(tmp_path / "data.jsonl")).train()
     given = json.loads((tmp_path / "run/given.json").read_text())
-    assert given == {"model": None, "train_dataset": True, "eval_dataset": None, "reward": True}
+    assert given["train_dataset"] == str(tmp_path / "data.jsonl")
     export_run(tmp_path / "run", tmp_path / "plain")
     assert (tmp_path / "plain/model.safetensors").exists()
     capsys.readouterr()
