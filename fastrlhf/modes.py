@@ -102,8 +102,10 @@ def with_instruction(prompt: Any, instruction: str) -> Any:
     """
     if not instruction:
         return prompt
+    # An example may end with its own line break.
+    space = "" if instruction[-1].isspace() else " "
     if isinstance(prompt, str):
-        return f"{instruction} {prompt}"
+        return f"{instruction}{space}{prompt}"
     users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     if not users or not isinstance(prompt[users[-1]]["content"], str):
         raise UserError(

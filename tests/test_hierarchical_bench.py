@@ -16,7 +16,7 @@ from mode_prompts import FACTS, SCENES
 
 def test_no_held_out_prompt_is_trained_on_and_kinds_are_even():
     train, held_out = mode_prompts.rows()
-    texts = [row["prompt"][-1]["content"] for row in (*train, *held_out)]
+    texts = [row["prompt"] for row in (*train, *held_out)]
     assert len(set(texts)) == len(texts) == 128
     for part in (train, held_out):
         assert sum(row["kind"] == FACTS for row in part) == len(part) / 2
@@ -24,7 +24,7 @@ def test_no_held_out_prompt_is_trained_on_and_kinds_are_even():
 
 
 def test_the_reward_wants_a_word_for_a_fact_and_friendly_words_for_a_scene():
-    glad = "A wonderful happy day, and everybody smiled and laughed in the warm sun"
+    glad = "A wonderful happy day, and everybody smiled and laughed in the warm sun\nand so on"
     answers = ["Paris.", "The capital is Paris, of course", "Rome", glad, "No.", "x " * 12]
     kinds = [FACTS] * 3 + [SCENES] * 3
     scores = mode_prompts.fitting(answers, kinds, ["Paris"] * 3 + [""] * 3)

@@ -54,6 +54,7 @@ def test_files_that_cannot_be_are_named(tmp_path, text, message):
 
 def test_an_instruction_precedes_text_and_follows_the_last_users_message():
     assert with_instruction("The film", "Be brief.") == "Be brief. The film"
+    assert with_instruction("Q: 3+4", "Q: 1+1\nA: 2\n") == "Q: 1+1\nA: 2\nQ: 3+4"
     user, answer = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello"}
     told = with_instruction([user, answer, user, answer], "Be brief.")
     assert told == [user, answer, {"role": "user", "content": "Hi. Be brief."}, answer]
