@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .config import PPOConfig, load_config
     from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .errors import SelfCheckError, UserError
+    from .hierarchical import HierarchicalTrainer
+    from .hierarchical_config import HierarchicalConfig
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
     from .reward_config import RewardConfig
     from .reward_trainer import RewardTrainer
@@ -28,6 +30,8 @@ __all__ = [
     "A2CTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "HierarchicalConfig",
+    "HierarchicalTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
     "PPOConfig",
@@ -54,6 +58,8 @@ HOMES = {
     "A2CTrainer": "trainers",
     "GRPOConfig": "configs",
     "GRPOTrainer": "trainers",
+    "HierarchicalConfig": "hierarchical_config",
+    "HierarchicalTrainer": "hierarchical",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
     "PPOConfig": "config",

@@ -5,7 +5,7 @@
 | adapters | the policy's in the folder itself, every other role's in a folder of its name |
 | the top layers | `trained_layers.safetensors`, under the model's own names |
 | everything | the whole model, as transformers writes it |
-| heads | `value_head.safetensors`, `reward_head.safetensors` |
+| heads | `value_head.safetensors`, `reward_head.safetensors`, and those of `further_heads` |
 
 A folder appears under its name only when all of it is written, so an interrupted save never leaves
 half of one. Nothing is pickled. Weights that are NaN or infinite are not written.
@@ -102,7 +102,8 @@ def adapter_names(backbone: SharedBackbone) -> list[str]:
 
 def heads(backbone: SharedBackbone) -> list[tuple[str, nn.Module]]:
     named = (("value_head", backbone.value_head), ("reward_head", backbone.reward_head))
-    return [(name, head) for name, head in named if head is not None]
+    own = [(name, head) for name, head in named if head is not None]
+    return [*own, *backbone.further_heads.items()]
 
 
 def own_layers(backbone: SharedBackbone) -> dict[str, Tensor]:

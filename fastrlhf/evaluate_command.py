@@ -31,7 +31,7 @@ from .out_of_memory import MicrobatchBudget
 from .pretrained import Pretrained, context_length, find_pretrained
 from .rewards.functions import RewardScorer
 from .rollout.engines import make_engine
-from .run_files import is_run, refuse_reward_run
+from .run_files import is_run, refuse_other_runs
 from .run_policy import find_checkpoint, load_policy
 from .text_figures import distinct
 
@@ -160,7 +160,7 @@ def settings(asked: Asked) -> PPOConfig:
         if (value := getattr(asked, name)) is not None
     }
     if is_run(asked.policy):
-        refuse_reward_run(Path(asked.policy))
+        refuse_other_runs(Path(asked.policy))
         if asked.reference is not None:
             raise UserError("a run is compared with what it began from; leave --reference out")
         return replace(run_settings(Path(asked.policy) / "config.yaml"), **changes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ class Evaluation:
     scores: Sequence[float | None]  # None where the reward did not judge
     prompts: Sequence[str]
     completions: Sequence[str]
+    told: Sequence[Mapping[str, Any]]  # the columns that the engine adds to a prompt's, as `mode`
 
 
 def evaluate(
@@ -71,6 +73,7 @@ def evaluate(
         scores=[None if math.isnan(score) else score for score in scores.tolist()],
         prompts=prompts.texts,
         completions=rollout.completions,
+        told=[{k: row[k] for k in getattr(engine, "told", ())} for row in rollout.prompts.columns],
     )
 
 

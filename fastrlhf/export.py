@@ -21,6 +21,7 @@ from .checkpoint import ADAPTER, OWN, in_place
 from .config import PPOConfig, from_mapping
 from .configs import kind_of
 from .errors import UserError
+from .hierarchical_config import HierarchicalConfig
 from .kept_settings import parse
 from .pretrained import find_pretrained
 from .run_checkpoints import numbered
@@ -74,13 +75,15 @@ def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
 
 NOT_THE_MODEL = (
     MANIFEST, "state.json", "optimizer.safetensors", "config.yaml", "value_head.safetensors",
-    "reward_head.safetensors",
+    "reward_head.safetensors", "mode_policy.safetensors",
 )  # fmt: skip
 
 
 def config_of(run: Path) -> PPOConfig:
     path = run / "config.yaml"
     settings = parse(path.read_text(encoding="utf-8"), str(path))
+    if "modes" in settings:
+        return from_mapping(settings, HierarchicalConfig)
     return from_mapping(settings, kind_of(settings.get("algorithm")))
 
 

@@ -164,6 +164,8 @@ class Roles(nn.Module):
             self.add_adapter(role, role)
         self.value_head = ValueHead(config.hidden_size) if critic else None
         self.reward_head = RewardHead(config.hidden_size) if reward else None
+        # By name, kept in checkpoints; whoever adds one trains it.
+        self.further_heads: dict[str, nn.Module] = {}
         self.base.begin()
         self.train_roles("policy", *(["critic"] if critic else []))
 

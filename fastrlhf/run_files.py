@@ -15,7 +15,7 @@ import yaml
 
 from .errors import UserError
 
-__all__ = ["RunRecord", "is_run", "read_json_lines", "read_run", "refuse_reward_run"]
+__all__ = ["RunRecord", "is_run", "read_json_lines", "read_run", "refuse_other_runs"]
 
 METRICS = "metrics.jsonl"
 Lines = list[dict[str, Any]]
@@ -87,6 +87,16 @@ def refuse_reward_run(path: Path) -> None:
         raise UserError(
             f"the run in {path} trained a reward model, not a policy: see its evaluations.jsonl "
             f"and calibration.png, or train with reward={path}"
+        )
+
+
+def refuse_other_runs(path: Path) -> None:
+    """Raise UserError for a run whose policy does not answer a prompt as it stands."""
+    refuse_reward_run(path)
+    if "modes" in read_settings(path / "config.yaml"):
+        raise UserError(
+            f"the run in {path} picks a mode for every prompt before it answers; its held-out "
+            "scores are in evaluations.jsonl, and what it said in samples.jsonl"
         )
 
 

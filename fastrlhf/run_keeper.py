@@ -145,9 +145,10 @@ class RunKeeper:
         figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
         self.folder.append("evaluations.jsonl", {"step": step} | figures)
         self.callbacks("on_evaluate", metrics=figures)
-        for sample in zip(result.prompts, result.completions, result.scores, strict=True):
+        samples = zip(result.prompts, result.completions, result.scores, strict=True)
+        for told, sample in zip(result.told, samples, strict=True):
             record = dict(zip(("prompt", "completion", "score"), sample, strict=True))
-            self.folder.append("samples.jsonl", {"step": step} | record)
+            self.folder.append("samples.jsonl", {"step": step, **record, **told})
         score, state = result.score, self.callbacks.state
         if step and (state.best_metric is None or score > state.best_metric):
             state.best_metric, state.best_global_step = score, step
