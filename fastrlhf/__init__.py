@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .errors import SelfCheckError, UserError
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
+    from .multi_agent import MultiAgentConfig, MultiAgentTrainer
     from .reward_config import RewardConfig
     from .reward_trainer import RewardTrainer
     from .rewards.model import RewardModel
@@ -30,6 +31,8 @@ __all__ = [
     "GRPOTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
+    "MultiAgentConfig",
+    "MultiAgentTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PolicyLoss",
@@ -56,6 +59,8 @@ HOMES = {
     "GRPOTrainer": "trainers",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
+    "MultiAgentConfig": "multi_agent",
+    "MultiAgentTrainer": "multi_agent",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
     "PolicyLoss": "loss_modules",
