@@ -59,6 +59,7 @@ class Learner(PPOTrainer):
         self.agent, self.backbone, self.config, self.begun = agent, backbone, config, begun
         self.algorithm, self.state = ALGORITHMS[config.algorithm], AlgorithmState.of(config)
         self.updater, self.budget, self.skipped, self.timer = updater, budget, skipped, timer
+        self.schedule = updater.schedule
         self.shuffler = self.generator = shuffler
         self.sampler = lambda sampled, generator: sampled
         # The game has judged, and what a text's reward would warn of is ordinary in short turns.
