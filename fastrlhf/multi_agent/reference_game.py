@@ -2,10 +2,11 @@
 
 The speaker sees the words and the target and gives a hint; the listener sees the words, in an order
 of its own, and the hint, and says a word. Both earn 1 if it is the target, else 0 (Lewis 1969; as a
-game of language models: Lazaridou et al. 2017). A hint that names the target ends the dialogue and
-costs the speaker 1: a word that begins as the target does (with its first four letters, or with all
-of a shorter one), or the target within another word. Words are held out, not sets of them: what is
-learnt about a word is of no use there.
+game of language models: Lazaridou et al. 2017). Two moves are against the rules and cost who makes
+them 1: a hint that names the target, which also ends the dialogue (a word that begins as the target
+does, with its first four letters or all of a shorter one, or the target within another word), and
+an answer that is none of the words. Words are held out, not sets of them: what is learnt about a
+word is of no use there.
 """
 
 from __future__ import annotations
@@ -117,11 +118,13 @@ class ReferenceGame:
         return self.listener_sees.format(words=words, hint=hint_of(dialogue))
 
     def rewards(self, dialogue: Dialogue) -> list[float | None]:
-        """1 for both if the target was found; the hint that names it costs its speaker 1."""
+        """1 for both if the target was found, else 0; who breaks a rule pays 1 alone."""
         if names(dialogue):
             return [-1.0]
-        found = float(self.found(dialogue))
-        return [found] * len(dialogue.turns)
+        if not self.chosen(dialogue):
+            # It says nothing of the hint: the speaker learns nothing from it.
+            return [None, -1.0]
+        return [float(self.found(dialogue))] * 2
 
     def won(self, dialogue: Dialogue, agent: str) -> float:
         """Both win or lose together."""
@@ -129,18 +132,24 @@ class ReferenceGame:
 
     def found(self, dialogue: Dialogue) -> bool:
         """Whether the listener said the target."""
+        return self.answer(dialogue) == dialogue.start["target"].lower()
+
+    def chosen(self, dialogue: Dialogue) -> bool:
+        """Whether the listener said one of the words that it saw."""
+        return self.answer(dialogue) in [word.lower() for word in dialogue.start[LISTENER]]
+
+    def answer(self, dialogue: Dialogue) -> str | None:
         said = dialogue.said_by(LISTENER)
-        return bool(said) and said[0].strip(" .,\n").lower() == dialogue.start["target"].lower()
+        return said[0].strip(" .,\n").lower() if said else None
 
     def figures(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
-        """Share of targets found; of hints that name theirs; of answers that are a candidate."""
+        """Share of targets found; of hints that name theirs; of answers that are a word shown."""
         answered = [d for d in dialogues if d.said_by(LISTENER)]
-        chosen = [d.said_by(LISTENER)[0].strip(" .,\n") in d.start[LISTENER] for d in answered]
         hints = [hint_of(d) for d in dialogues]
         return {
             "success": fmean(self.found(d) for d in dialogues),
             "named": fmean(names(d) for d in dialogues),
-            "chosen": fmean(chosen) if chosen else 0.0,
+            "chosen": fmean(self.chosen(d) for d in answered) if answered else 0.0,
             "distinct_hints": len(set(hints)) / len(hints),
         }
 
