@@ -170,9 +170,8 @@ def tournament(trainers: dict[str, Any], seed: int) -> Rows:
         played = home.players.play([*starts] * len(proposers), generator, seats)
         for place, (arm, step) in enumerate(proposers.values()):
             own = played.dialogues[place * len(starts) : (place + 1) * len(starts)]
-            figures = game.figures(own)
-            rows.append({"kind": "tournament", "solver": name, "proposer": arm, "step": step}
-                        | {"arm": name, "solved": figures.get("solved"), "valid": figures["valid"]})  # fmt: skip
+            about = {"arm": name, "solver": name, "proposer": arm, "step": step}
+            rows.append({"kind": "tournament", "solved": None} | about | game.figures(own))
     return rows
 
 

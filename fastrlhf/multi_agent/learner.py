@@ -42,6 +42,7 @@ class Learner(PPOTrainer):
 
     # What it is given in place of prompts is sampled already.
     sampler: Any
+    schedule: Any
 
     def __init__(
         self,
