@@ -11,8 +11,9 @@ from .game import Dialogue, Game, Turn
 from .matrix import WinRates
 from .pool import Pool
 from .proposer_solver import ProposerSolver
+from .records import MultiAgentSummary
 from .reference_game import ReferenceGame
-from .training import MultiAgentSummary, MultiAgentTrainer
+from .training import MultiAgentTrainer
 
 __all__ = [
     "Dialogue",

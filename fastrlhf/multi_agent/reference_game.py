@@ -41,8 +41,8 @@ WORDS = NOUNS.split()
 """common nouns, each one token of SmolLM2's vocabulary after a space"""
 
 SPEAKER, LISTENER = "speaker", "listener"
-SPEAKER_SEES = "Words: {words}\nA hint for {target}, in other words:"
-LISTENER_SEES = "Words: {words}\nHint:{hint}\nIt means"
+SPEAKER_SEES = "Words: {words}. Hint for {target}:"
+LISTENER_SEES = "Hint:{hint}. Words: {words}. Answer:"
 
 
 class ReferenceGame:

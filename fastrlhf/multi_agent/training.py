@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,24 +41,12 @@ from .learner import Learner
 from .matrix import WinRates, draw_win_rates, win_rates
 from .players import Played, Players
 from .pool import Pool
+from .records import MultiAgentSummary, sample_of
 
-__all__ = ["MultiAgentSummary", "MultiAgentTrainer"]
+__all__ = ["MultiAgentTrainer"]
 
 # No training draw has these.
 HELD_OUT_SEED = 1_000_003
-
-
-@dataclass(frozen=True)
-class MultiAgentSummary:
-    """How a run ended. Figures are of dialogues from held-out starts, all agents as they are."""
-
-    before: Mapping[str, float]  # <agent>/reward and the game's own figures, untrained
-    after: Mapping[str, float]  # the same at the end
-    steps: int  # rounds
-    seconds: float
-    phase_seconds: Mapping[str, float]
-    folder: str
-    matrices: Sequence[WinRates]  # the first agent's, or everyone's where there are more than two
 
 
 class MultiAgentTrainer:
@@ -207,8 +195,9 @@ class MultiAgentTrainer:
                     self.evaluate(f"after round {number}", number)
                 if number % config.snapshot_steps == 0:
                     self.pool.keep(number)
+                ends = self.ends(line)
                 self.keeper.step_done(number)
-                if self.callbacks.control.should_training_stop:
+                if ends:
                     break
             self.pool.keep(number)
             after = self.evaluate("after training", number)
@@ -243,6 +232,18 @@ class MultiAgentTrainer:
             if found or key in ("objective/scores", "objective/entropy"):
                 line[key] = fmean(found) if found else 0.0
         return line | times
+
+    def ends(self, line: Mapping[str, Any]) -> bool:
+        """Whether the run is to end after the round with the metrics ``line``."""
+        limit = self.config.kl_limit
+        for agent, learner in self.agents.items():
+            kl = line.get(f"{agent}/objective/kl")
+            if limit is not None and kl is not None and kl > limit:
+                self.display.say(f"stopped: the KL of {agent} exceeds kl_limit ({limit})")
+                return True
+            if learner.monitor.stops:
+                return True
+        return self.callbacks.control.should_training_stop
 
     def round_figures(self, played: Played) -> dict[str, float]:
         """How the dialogues went: among agents as they are, and of each against past selves."""
@@ -322,17 +323,3 @@ def named_learners(config: MultiAgentConfig, game: Game) -> list[str]:
         return list(game.agents)
     named = [known_agent(game, agent, "learners") for agent in config.learners]
     return [agent for agent in game.agents if agent in named]
-
-
-def sample_of(played: Played, row: int) -> dict[str, Any]:
-    """A dialogue as a line of samples.jsonl: `prompt` is the start, `completion` what was said."""
-    dialogue, rewards = played.dialogues[row], played.rewards[row]
-    judged = [reward for reward in rewards if reward is not None]
-    said = [f"{turn.agent}: {' '.join(turn.text.split())!r}" for turn in dialogue.turns]
-    return {
-        "prompt": json.dumps(dict(dialogue.start), ensure_ascii=False),
-        "completion": " | ".join(said),
-        "score": fmean(judged) if judged else None,
-        "turns": [asdict(turn) for turn in dialogue.turns],
-        "rewards": rewards,
-    }
