@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .hierarchical import HierarchicalTrainer
     from .hierarchical_config import HierarchicalConfig
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
+    from .multi_agent import MultiAgentConfig, MultiAgentTrainer
     from .reward_config import RewardConfig
     from .reward_trainer import RewardTrainer
     from .rewards.model import RewardModel
@@ -34,6 +35,8 @@ __all__ = [
     "HierarchicalTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
+    "MultiAgentConfig",
+    "MultiAgentTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PolicyLoss",
@@ -62,6 +65,8 @@ HOMES = {
     "HierarchicalTrainer": "hierarchical",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
+    "MultiAgentConfig": "multi_agent",
+    "MultiAgentTrainer": "multi_agent",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
     "PolicyLoss": "loss_modules",

@@ -277,6 +277,19 @@ class Roles(nn.Module):
         with self.adapters.active(names), self.base.placed(originals=originals) as decoder:
             yield decoder
 
+    @contextmanager
+    def policy_is(self, role: Role) -> Iterator[None]:
+        """Within the block whatever is done as the policy is done with another role's weights.
+
+        Raises:
+            UserError: a role that this backbone does not have.
+        """
+        before, self.roles["policy"] = self.roles["policy"], self.adapters_of(role)
+        try:
+            yield
+        finally:
+            self.roles["policy"] = before
+
     def adapters_of(self, role: Role) -> tuple[str, ...]:
         """The names of the adapters with which a role computes."""
         if role in self.roles:

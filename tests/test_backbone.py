@@ -177,3 +177,19 @@ def test_packed_rows_are_scored_as_padded_ones():
         values = b.values(together["policy"], trunk, None, positions)
         padded = b.values(states(b, "policy"), b.trunk(TOKENS, MASK), MASK)
     torch.testing.assert_close(values[0], padded[MASK], rtol=1e-4, atol=1e-5)
+
+
+def test_another_role_stands_in_for_the_policy_and_leaves():
+    b = backbone()
+    b.add_policy("other")
+    disturb(b)
+    policy, other = states(b, "policy"), states(b, "other")
+    assert not torch.equal(policy, other)
+    with pytest.raises(RuntimeError), b.policy_is("other"):
+        assert torch.equal(states(b, "policy"), other)
+        own, theirs = b.role_parameters("policy"), b.role_parameters("other")
+        assert all(x is y for x, y in zip(own, theirs, strict=True))
+        raise RuntimeError
+    assert torch.equal(states(b, "policy"), policy)
+    with pytest.raises(UserError, match="'others'"), b.policy_is("others"):
+        pass

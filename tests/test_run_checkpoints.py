@@ -10,8 +10,8 @@ from test_resume import kept, make
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import fastrlhf.run_state as module
-from fastrlhf import UserError
-from fastrlhf.run_checkpoints import checkpoint_bytes, tidy
+from fastrlhf import MultiAgentConfig, PPOConfig, UserError
+from fastrlhf.run_checkpoints import checkpoint_bytes, resume_command, tidy
 
 
 def names(tmp_path):
@@ -111,3 +111,9 @@ def test_what_a_kill_left_half_done_is_cleared_away(tmp_path):
     (tmp_path / "final").mkdir()
     tidy(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "final"]
+
+
+def test_who_has_no_verb_goes_on_from_python(tmp_path):
+    assert resume_command(PPOConfig(), tmp_path) == f"fastrlhf ppo --resume {tmp_path}"
+    words = f"train(resume_from_checkpoint={str(tmp_path)!r})"
+    assert resume_command(MultiAgentConfig(), tmp_path) == words

@@ -65,7 +65,8 @@ class DecodeEngine:
         self.tokenizer = tokenizer
         self.response_length = response_length
         self.temperature = temperature
-        self.stops = stops
+        # The token that ends a response.
+        self.stop = tokenizer.eos_token_id if stops else None
         # With nothing below the first trained layer there is nothing worth keeping.
         self.keeps_trunk = trunk_cache and backbone.halves.split > 0
         self.trunk_cache_mb = trunk_cache_mb
@@ -77,7 +78,7 @@ class DecodeEngine:
         """One response for every prompt, drawn with ``generator``."""
         padding = self.tokenizer.pad_token_id
         draft = Draft.of(prompts, self.response_length, padding, generator)
-        stop = self.tokenizer.eos_token_id if self.stops else None
+        stop = self.stop
         with self.backbone.role("policy") as decoder, few_row_products(decoder):
             if (family := self.family(decoder)) is not None:
                 steps = self.steps(decoder, family, self.new_cache(len(prompts), draft.length))
