@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .configs import A2CConfig, GRPOConfig, ReinforceConfig, RLOOConfig
     from .errors import SelfCheckError, UserError
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
+    from .meta import MetaTrainer
+    from .meta_config import MetaConfig
     from .reward_config import RewardConfig
     from .reward_trainer import RewardTrainer
     from .rewards.model import RewardModel
@@ -30,6 +32,8 @@ __all__ = [
     "GRPOTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
+    "MetaConfig",
+    "MetaTrainer",
     "PPOConfig",
     "PPOTrainer",
     "PolicyLoss",
@@ -56,6 +60,8 @@ HOMES = {
     "GRPOTrainer": "trainers",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
+    "MetaConfig": "meta_config",
+    "MetaTrainer": "meta",
     "PPOConfig": "config",
     "PPOTrainer": "trainer",
     "PolicyLoss": "loss_modules",

@@ -198,8 +198,10 @@ def checkpoint_bytes(run: RunState, config: PPOConfig) -> int:
 
 
 def resume_command(config: PPOConfig, path: Path) -> str:
-    """What goes on with a run, on the command line."""
-    verb = next((verb for verb, kind in CONFIGS.items() if kind is type(config)), "ppo")
+    """What goes on with a run, on the command line or, without a verb for it, in Python."""
+    verb = next((verb for verb, kind in CONFIGS.items() if kind is type(config)), None)
+    if verb is None:
+        return f"train(resume_from_checkpoint={str(path)!r})"
     return f"fastrlhf {verb} --resume {path}"
 
 
