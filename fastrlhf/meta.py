@@ -139,7 +139,9 @@ class MetaTrainer(PPOTrainer):
         for inner in ("algorithm", "monitor", "skipped steps"):
             del self.run.others[inner]
         self.run.others |= {"reward": self.tasks, "skipped tasks": self.skipped}
-        prompts = [each for task in self.tasks for each in (task.train_prompts, task.held_out)]
+        prompts = [self.train_prompts, self.held_out]
+        own = (task for task in self.tasks if task.train_prompts is not self.train_prompts)
+        prompts += [each for task in own for each in (task.train_prompts, task.held_out)]
         self.keeper.identity = identity(self.backbone, prompts)
 
     def prepared(self, source: TaskSource) -> Task:

@@ -51,9 +51,10 @@ class MetaConfig(PPOConfig):
         for name in ("meta_steps", "meta_batch_size", "inner_steps"):
             value = getattr(self, name)
             require(not isinstance(value, int) or value >= 1, f"{name} must be at least 1")
-        counts = (self.meta_steps, self.meta_batch_size, self.task_rollouts, self.batch_size)
-        if all(type(count) is int for count in counts):
-            made = counts[0] * counts[1] * counts[2] * counts[3]
+        factors = (self.meta_steps, self.meta_batch_size, self.inner_steps, self.batch_size)
+        # What is no number is told of in a sentence of its own.
+        if all(type(factor) is int for factor in factors):
+            made = self.meta_steps * self.meta_batch_size * self.task_rollouts * self.batch_size
             require(
                 self.total_episodes in (0, made),
                 f"total_episodes ({self.total_episodes}) is not what meta_steps, meta_batch_size, "
