@@ -75,6 +75,8 @@ class MetaTrainer(PPOTrainer):
         tasks: a mapping from names to rewards, or a list of them; instead of a reward, a mapping
             with `reward` and `dataset` brings prompts of its own (see `meta_tasks`).
         train_dataset, eval_dataset: the prompts of all other tasks.
+        eval_tasks: tasks like these that are not learnt from: how quickly they are adapted to is
+            what evaluations tell. None: that of ``tasks``.
         model, args, processing_class, callbacks, peft_config, quantization_config, name, started:
             see `PPOTrainer`; ``args`` is a `MetaConfig`.
 
@@ -98,6 +100,7 @@ class MetaTrainer(PPOTrainer):
         processing_class: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         *,
+        eval_tasks: Mapping[str, Any] | Sequence[Any] | None = None,
         peft_config: Any = None,
         quantization_config: Any = None,
         name: str = "meta",
@@ -108,7 +111,7 @@ class MetaTrainer(PPOTrainer):
         # What could be wrong with a task is known before weights are loaded.
         rows = load_rows(config.dataset if train_dataset is None else train_dataset)
         columns = {key: value for key, value in rows[0].items() if key != "prompt"}
-        sources = read_tasks(tasks, config, columns)
+        sources, held_out = read_tasks(tasks, eval_tasks, config, columns)
         super().__init__(
             model,
             unjudged,
@@ -124,6 +127,7 @@ class MetaTrainer(PPOTrainer):
         )
         self.folder.note_given(model, train_dataset, eval_dataset, True)
         self.tasks = Tasks([self.prepared(source) for source in sources])
+        self.eval_tasks = Tasks([self.prepared(source) for source in held_out]) or self.tasks
         self.weights = self.backbone.trainable()
         self.outer = OuterStep(self.weights, self.config)
         self.recorder: GradientRecorder | None = None
@@ -269,10 +273,11 @@ class MetaTrainer(PPOTrainer):
         for what, number in (("steps", steps), ("every", every)):
             if number < 1:
                 raise UserError(f"{what} is {number}; give at least 1")
-        found = self.tasks.find(task) if isinstance(task, str) else None
+        found = self.tasks.find(task) or self.eval_tasks.find(task)
         if found is None:
             found = self.prepared(read_task(task, self.config))
-        with self.set_aside(self.config.seed if seed is None else seed) as seed:
+        seed = self.config.seed if seed is None else seed
+        with self.set_aside(found, seed):
             made = self.curve(found, steps, every, seed)
             if save_to is not None and made.broken is None:
                 save_weights(self.backbone, Path(save_to))
@@ -302,37 +307,38 @@ class MetaTrainer(PPOTrainer):
             )
 
     @contextmanager
-    def set_aside(self, seed: int) -> Iterator[int]:
-        """After the block weights, generators and rewards are as if it had not been."""
-        start, carried = copies(self.weights), copy.deepcopy(self.tasks.state_dict())
+    def set_aside(self, task: Task, seed: int) -> Iterator[None]:
+        """After the block weights, generators and the task's reward are as if it had not been."""
+        start, carried = copies(self.weights), copy.deepcopy(task.scorer.state_dict())
         generators = (self.generator, self.shuffler)
         states = [generator.get_state() for generator in generators]
         for generator in generators:
             # No draw of training: neither is the evaluations' (`evaluation.evaluate`).
             generator.manual_seed(seed + 2_000_003)
         try:
-            yield seed
+            yield
         finally:
             restore(self.weights, start)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-            self.tasks.load_state_dict(carried)
+            task.scorer.load_state_dict(carried)
             self.reward = cast(Any, self.tasks)
             self.timer.take_step()
 
     def evaluate(self, when: str, step: int, brief: bool = False) -> Evaluation:
-        """The held-out scores of all tasks, each after an adaptation of inner_steps; their mean."""
-        inner = self.config.inner_steps
-        made = [self.adapt(task.name, every=inner) for task in self.tasks]
+        """Adapt to each of `eval_tasks` from here; the mean of how well they were done then.
+
+        Every curve is told, and a line of curves.jsonl.
+        """
+        steps = self.config.eval_adaptation or self.config.inner_steps
+        made = [self.adapt(task.name, steps) for task in self.eval_tasks]
         for one in made:
-            scores = {"step": step, "task": one.task, "after": one.steps, "score": one.scores}
-            self.folder.append(CURVES, scores)
-            self.display.say(
-                f"task {one.task}: {one.scores[0]:+.3f}, adapted {one.scores[-1]:+.3f}"
-            )
+            scores = {"task": one.task, "after": one.steps, "score": one.scores}
+            self.folder.append(CURVES, {"step": step} | scores)
+            self.display.say(f"task {one.task}: {' '.join(f'{x:+.3f}' for x in one.scores)}")
         result = mean_of([one.evaluations[-1] for one in made])
         self.keeper.evaluated(result, step)
-        title = f"Held-out prompts {when}, adapted to each task in {inner} rollouts"
+        title = f"Held-out prompts {when}, after {steps} rollouts of each task"
         self.display.evaluated(title, result, None if brief else self.config.num_samples)
         return result
 

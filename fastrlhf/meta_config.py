@@ -41,6 +41,9 @@ class MetaConfig(PPOConfig):
     AdamW of the make `optim`. None: 1 for reptile, learning_rate for fomaml."""
     meta_lr_scheduler_type: Literal["linear", "constant"] = "linear"
     """`linear`: to zero over the run."""
+    eval_adaptation: int | None = None
+    """Rollouts of the adaptations by which evaluations judge the initialisation. None:
+    inner_steps."""
     total_episodes: int = 0
     """What the settings above make: meta_steps · meta_batch_size · rollouts a task · batch_size.
     Leave it out."""
@@ -48,7 +51,7 @@ class MetaConfig(PPOConfig):
     family: ClassVar[tuple[str, ...]] = tuple(DEFAULTS)
 
     def __post_init__(self) -> None:
-        for name in ("meta_steps", "meta_batch_size", "inner_steps"):
+        for name in ("meta_steps", "meta_batch_size", "inner_steps", "eval_adaptation"):
             value = getattr(self, name)
             require(not isinstance(value, int) or value >= 1, f"{name} must be at least 1")
         factors = (self.meta_steps, self.meta_batch_size, self.inner_steps, self.batch_size)

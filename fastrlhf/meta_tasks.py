@@ -70,7 +70,8 @@ class Tasks:
 
     def find(self, name: Any) -> Task | None:
         """The task of that name, if there is one."""
-        return next((task for task in self.tasks if task.name == name), None)
+        named = (task for task in self.tasks if isinstance(name, str) and task.name == name)
+        return next(named, None)
 
     def state_dict(self) -> dict[str, Any]:
         return {task.name: task.scorer.state_dict() for task in self.tasks}
@@ -92,12 +93,13 @@ class Tasks:
 
 
 def read_tasks(
-    tasks: Any, config: MetaConfig, columns: Mapping[str, Any] | None = None
-) -> list[TaskSource]:
-    """The tasks of a meta-training.
+    tasks: Any, eval_tasks: Any, config: MetaConfig, columns: Mapping[str, Any] | None = None
+) -> tuple[list[TaskSource], list[TaskSource]]:
+    """The tasks of a meta-training, and those that it is judged by.
 
     Args:
         tasks: a mapping from names to tasks, or a list of them.
+        eval_tasks: likewise; None or empty: there are none.
         columns: of a row of the trainer's prompts, with which the rewards are called once.
 
     Raises:
@@ -107,22 +109,27 @@ def read_tasks(
         raise UserError(
             "there are no tasks to learn from; give tasks={name: reward, …}, at least two"
         )
-    if isinstance(tasks, Mapping):
-        read = [read_task(task, config, columns, name) for name, task in tasks.items()]
-    else:
-        single = isinstance(tasks, str) or callable(tasks)
-        read = [read_task(task, config, columns) for task in ([tasks] if single else tasks)]
-    names = [task.name for task in read]
+    read, judging = (read_each(given, config, columns) for given in (tasks, eval_tasks or []))
+    names = [task.name for task in (*read, *judging)]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise UserError(
             f"two tasks are named {doubled[0]!r}; give tasks={{name: reward, …}} with other names"
         )
-    if len(names) == 1:
+    if len(read) == 1:
         raise UserError(
             f"one task, {names[0]!r}, leaves nothing to meta-learn; give two or more, or train on "
             "it with PPOTrainer"
         )
-    return read
+    return read, judging
+
+
+def read_each(
+    tasks: Any, config: MetaConfig, columns: Mapping[str, Any] | None
+) -> list[TaskSource]:
+    if isinstance(tasks, Mapping):
+        return [read_task(task, config, columns, name) for name, task in tasks.items()]
+    single = isinstance(tasks, str) or callable(tasks)
+    return [read_task(task, config, columns) for task in ([tasks] if single else tasks)]
 
 
 def read_task(

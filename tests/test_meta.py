@@ -20,7 +20,7 @@ PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
 SETTINGS = dict(
     meta_steps=2, meta_batch_size=2, inner_steps=2, batch_size=16, num_generations=4,
     response_length=6, stop_token=None, learning_rate=1e-2, kl_coef=0.02, train_layers=2,
-    lora_rank=8, microbatch_tokens=80, eval_prompts=8, num_samples=0, save_steps=1, seed=3,
+    lora_rank=8, microbatch_tokens=80, eval_prompts=4, num_samples=0, save_steps=1, seed=3,
 )  # fmt: skip
 PPO = dict(algorithm="ppo", num_generations=1, num_mini_batches=2)
 
@@ -35,12 +35,13 @@ def share(*letters):
 TASKS = {"a": share("a"), "b": share("e", "b"), "c": share("c")}
 
 
-def make(tmp_path, tasks=None, callbacks=(), **changes):
+def make(tmp_path, tasks=None, callbacks=(), eval_tasks=None, **changes):
     if not (tmp_path / "model").exists():
         tiny.folder(tmp_path / "model")
     given = {"model": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"), **changes}
     config = MetaConfig(**SETTINGS | given)
-    return MetaTrainer(None, tasks or TASKS, config, PROMPTS, callbacks=callbacks)
+    given = dict(callbacks=callbacks, eval_tasks=eval_tasks)
+    return MetaTrainer(None, tasks or TASKS, config, PROMPTS, **given)
 
 
 def by_hand(trainer):
@@ -117,20 +118,28 @@ def test_nothing_else_changes(tmp_path):
     backbone.add_policy("other")
     backbone.train_roles("policy")
     config = MetaConfig(**SETTINGS, output_dir=str(tmp_path / "run"))
-    trainer = MetaTrainer(backbone, TASKS, config, PROMPTS)
+    trainer = MetaTrainer(backbone, TASKS, config, PROMPTS, eval_tasks={"d": share("d")})
     every = dict(backbone.named_parameters())
     before = {name: p.detach().clone() for name, p in every.items()}
-    curve = trainer.adapt(share("d"), 2, save_to=tmp_path / "adapted")
+    curve = trainer.adapt("d", save_to=tmp_path / "adapted")
     assert curve.steps == [0, 1, 2] and len(curve.scores) == 3
     assert all(torch.equal(p, before[name]) for name, p in every.items())
     assert (tmp_path / "adapted/adapter_model.safetensors").exists()
     state = trainer.generator.get_state(), trainer.shuffler.get_state()
-    assert trainer.adapt(share("d"), 2).scores == curve.scores
+    assert trainer.adapt(share("d"), 2, every=2).scores == curve.scores[::2]
     assert all(
         torch.equal(a, b.get_state())
         for a, b in zip(state, (trainer.generator, trainer.shuffler), strict=True)
     )
     trainer.train()
+    lines = (tmp_path / "run/curves.jsonl").read_text().splitlines()
+    curves = [json.loads(line) for line in lines]
+    assert [(x["step"], x["task"], x["after"]) for x in curves] == [
+        (0, "d", [0, 1, 2]),
+        (2, "d", [0, 1, 2]),
+    ]
+    # Before training, the curve is that of the base.
+    assert curves[0]["score"] == curve.scores
     changed = {name for name, p in every.items() if not torch.equal(p, before[name])}
     assert changed and all("default" in name for name in changed)
     # The reference is the base in every adaptation.
@@ -173,8 +182,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         def load_state_dict(self, state):
             self.seen = state["seen"]
 
-    changes = dict(method="fomaml", meta_steps=3, meta_learning_rate=0.01)
-    changes |= dict(reward_normalization="running")
+    changes = dict(method="fomaml", meta_steps=3, meta_learning_rate=0.01, inner_steps=1)
+    changes |= dict(reward_normalization="running", eval_steps=1)
 
     def run(folder, *callbacks, **train):
         tasks = {"a": share("a"), "total": Total(), "c": share("c")}
@@ -193,7 +202,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             [{k: v for k, v in json.loads(x).items() if "time/" not in k} for x in each]
             for each in lines
         )
-        assert ours == theirs and len(ours) == {"adaptations.jsonl": 18, "curves.jsonl": 6}[name]
+        assert ours == theirs and len(ours) == {"adaptations.jsonl": 12, "curves.jsonl": 12}[name]
     with pytest.raises(UserError, match=r"of the tasks a, total, c, not of c, a"):
         tasks = {"c": share("c"), "a": share("a")}
         make(tmp_path, tasks, **changes).train(resume_from_checkpoint=True)
@@ -291,11 +300,13 @@ def test_several_in_a_row_stop_the_run_where_it_was(tmp_path):
         ({"a": share("a"), "b": {"reward": share("b"), "data": 1}}, "'b' has a key 'data'"),
         ({"a": share("a"), "b": {"reward": share("b"), "dataset": [{}]}}, "task 'b': .*row 1"),
         ({"a": share("a"), 2: share("b")}, "a name that is no text"),
+        ({"a": share("a"), "held": share("b")}, "two tasks are named 'held'"),
     ],
 )
-def test_bad_tasks(tmp_path, tasks, message):
+def test_bad_tasks(tasks, message):
+    held_out = {"held": share("d")}
     with pytest.raises(UserError, match=message):
-        MetaTrainer(None, tasks, MetaConfig(model="no-such-model"), PROMPTS)
+        MetaTrainer(None, tasks, MetaConfig(model="none"), PROMPTS, eval_tasks=held_out)
 
 
 @pytest.mark.parametrize(
@@ -356,22 +367,23 @@ def both(letter):
 @pytest.mark.parametrize(("method", "seed"), [("reptile", 1), ("reptile", 2), ("fomaml", 1)])
 def test_a_held_out_task_is_learnt_sooner(tmp_path, method, seed):
     changes = dict(
-        method=method, seed=seed, meta_steps=5, meta_batch_size=3, batch_size=32,
+        method=method, seed=seed, meta_steps=5, meta_batch_size=3, batch_size=32, eval_prompts=16,
         meta_learning_rate=0.02 if method == "fomaml" else 1.0, response_length=8,
-        microbatch_tokens=10**4, save_steps=None,
+        microbatch_tokens=10**4, save_steps=None, eval_adaptation=5,
     )  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        tasks = {letter: both(letter) for letter in "acg"}
-        trainer = make(tmp_path, tasks, **changes)
-        before = trainer.adapt(both("m"), 5).scores
-        trainer.train()
-        after = trainer.adapt(both("m"), 5).scores
+        tasks, held_out = {x: both(x) for x in "acg"}, {"m": both("m")}
+        trainer = make(tmp_path, tasks, eval_tasks=held_out, **changes)
+        summary = trainer.train()
     finally:
         torch.set_num_threads(threads)
+    lines = (tmp_path / "run/curves.jsonl").read_text().splitlines()
+    before, after = (json.loads(line)["score"] for line in lines)
     assert steps_to(0.3, after) + 2 <= steps_to(0.3, before)
-    assert after[-1] > before[-1]
+    assert (summary.score_before, summary.score_after) == (before[-1], after[-1])
+    assert summary.score_after > summary.score_before
 
 
 def steps_to(score, curve):
