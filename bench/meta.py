@@ -33,15 +33,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from results import RESULTS, read, stamp
 
+LENGTH = 12
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
     algorithm="rloo",
-    batch_size=32,
-    num_generations=4,
-    response_length=14,
+    batch_size=16,
+    num_generations=8,
+    response_length=LENGTH,
     learning_rate=3e-3,
     lr_scheduler_type="constant",
-    kl_coef=0.02,
+    kl_coef=0.0,
+    old_logprobs="sampled",
     train_layers=4,
     microbatch_tokens=1024,
     num_samples=0,
@@ -49,21 +51,20 @@ SETTINGS: dict[str, Any] = dict(
     save_steps=None,
 )
 META: dict[str, Any] = dict(
-    method="reptile", meta_steps=6, meta_batch_size=4, inner_steps=2, eval_adaptation=6
-)
+    method="reptile", meta_steps=5, meta_batch_size=4, inner_steps=2, eval_adaptation=6,
+    eval_every=2,
+)  # fmt: skip
 QUICK: dict[str, Any] = dict(meta_steps=1, meta_batch_size=2, inner_steps=1, eval_adaptation=1)
 
 
-def ended_well(text: str) -> float:
-    """How much of a one-sentence review it is: 1 if it ends with a mark and has few words."""
-    return float(text.rstrip()[-1:] in (".", "!", "?"))
+def reader(own: Callable[[str], float]) -> Callable[..., list[float]]:
+    """One who wants ``own``, from 0 to 1, of a text that ends before it is cut off."""
 
-
-def wish(own: Callable[[str], float]) -> Callable[..., list[float]]:
-    """A reader who wants ``own``, from 0 to 1, of a text that ends."""
-
-    def reward(completions: Sequence[str], **_: object) -> list[float]:
-        return [ended_well(text) * (0.4 + 0.6 * own(text)) for text in completions]
+    def reward(
+        completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: object
+    ) -> list[float]:
+        pairs = zip(completions, completion_ids, strict=True)
+        return [(0.4 + 0.6 * own(text)) * (len(ids) < LENGTH) for text, ids in pairs]
 
     return reward
 
@@ -71,7 +72,7 @@ def wish(own: Callable[[str], float]) -> Callable[..., list[float]]:
 def sounds(sign: float) -> Callable[[str], float]:
     from fastrlhf.rewards.functions import sentiment
 
-    return lambda text: max(0.0, sign * sentiment(completions=[text])[0])
+    return lambda text: (1 + sign * sentiment(completions=[text])[0]) / 2
 
 
 def says(words: str) -> Callable[[str], float]:
@@ -79,27 +80,24 @@ def says(words: str) -> Callable[[str], float]:
     return lambda text: float(bool(wanted & set(re.findall(r"[a-z']+", text.lower()))))
 
 
-def families() -> tuple[dict[str, Any], dict[str, Any]]:
+def readers() -> tuple[dict[str, Any], dict[str, Any]]:
     """The rewards that are trained on, and those that are held out."""
-    wishes = {
+    known = {
         "positive": sounds(1.0),
-        "on the story": says("story plot script tale writing"),
-        "speaks to you": says("you your yours"),
-        "with a but": says("but though although despite yet however"),
+        "to the reader": says("you your yours"),
+        "in the first person": says("i i'm i've me my we our us"),
+        "with an objection": says("but though although despite yet however no not never"),
     }
-    held_out = {
-        "negative": sounds(-1.0),
-        "on the acting": says("actor actors actress acting cast performance performances role"),
-    }
+    held_out = {"negative": sounds(-1.0), "with a comma": lambda text: float("," in text)}
     return (
-        {name: wish(own) for name, own in wishes.items()},
-        {name: wish(own) for name, own in held_out.items()},
+        {name: reader(own) for name, own in known.items()},
+        {name: reader(own) for name, own in held_out.items()},
     )
 
 
 def mean_of(rewards: Sequence[Callable[..., list[float]]]) -> Callable[..., list[float]]:
-    def reward(completions: Sequence[str], **_: object) -> list[float]:
-        each = zip(*(one(completions) for one in rewards), strict=True)
+    def reward(**given: Any) -> list[float]:
+        each = zip(*(one(**given) for one in rewards), strict=True)
         return [sum(scores) / len(scores) for scores in each]
 
     return reward
@@ -113,7 +111,7 @@ def run(seed: int, quick: bool) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     begun, started = stamp(), time.perf_counter()
-    tasks, held_out = families()
+    tasks, held_out = readers()
     meta = META | (QUICK if quick else {})
     with tempfile.TemporaryDirectory() as folder:
         config = MetaConfig(**SETTINGS, **meta, seed=seed, output_dir=f"{folder}/meta")
@@ -134,7 +132,7 @@ def run(seed: int, quick: bool) -> list[dict[str, Any]]:
         given = {"processing_class": joint.callbacks.given["processing_class"]}
         from_joint = MetaTrainer(joint.backbone, tasks, config, eval_tasks=held_out, **given)
         for name in held_out:
-            made = from_joint.adapt(name, config.eval_adaptation)
+            made = from_joint.adapt(name, config.eval_adaptation, every=config.eval_every)
             found.append(("joint", {"task": name, "after": made.steps, "score": made.scores}))
     about = {"bench": "meta", "seed": seed}
     names = ("batch_size", "response_length", "eval_prompts")

@@ -103,8 +103,8 @@ def told() -> str:
         f"Mean scores over the held-out rewards ({', '.join(about['held_out'])}) on "
         f"{about['eval_prompts']} held-out prompts, after so many rollouts of "
         f"{about['batch_size']} completions. Both the meta-initialisation and the joint start were "
-        f"trained on {about['episodes']} completions of {about['response_length']} tokens, with the "
-        f"rewards {', '.join(about['tasks'])}. Measured on {about['device']}, torch "
+        f"trained on {about['episodes']} completions of {about['response_length']} tokens, with "
+        f"the rewards {', '.join(about['tasks'])}. Measured on {about['device']}, torch "
         f"{about['torch']}, threads: {about['threads']}.",
     ]
     return "\n".join(lines)

@@ -37,11 +37,11 @@ from transformers import TrainerCallback
 
 from fastrlhf_kernels import PolicyLossSpec
 
+from .algorithm_settings import require
 from .backbone import SharedBackbone
 from .checkpoint import save_weights
 from .config import PPOConfig, checked_class
 from .data import PromptSet, load_rows
-from .errors import UserError
 from .evaluation import Evaluation, evaluate
 from .identity import identity
 from .loading import tokenized_prompts
@@ -271,8 +271,7 @@ class MetaTrainer(PPOTrainer):
         """
         steps = self.config.inner_steps if steps is None else steps
         for what, number in (("steps", steps), ("every", every)):
-            if number < 1:
-                raise UserError(f"{what} is {number}; give at least 1")
+            require(number >= 1, f"{what} is {number}; give at least 1")
         found = self.tasks.find(task) or self.eval_tasks.find(task)
         if found is None:
             found = self.prepared(read_task(task, self.config))
@@ -330,8 +329,11 @@ class MetaTrainer(PPOTrainer):
 
         Every curve is told, and a line of curves.jsonl.
         """
-        steps = self.config.eval_adaptation or self.config.inner_steps
-        made = [self.adapt(task.name, steps) for task in self.eval_tasks]
+        steps, every = (
+            self.config.eval_adaptation or self.config.inner_steps,
+            self.config.eval_every,
+        )
+        made = [self.adapt(task.name, steps, every=every) for task in self.eval_tasks]
         for one in made:
             scores = {"task": one.task, "after": one.steps, "score": one.scores}
             self.folder.append(CURVES, {"step": step} | scores)

@@ -44,6 +44,8 @@ class MetaConfig(PPOConfig):
     eval_adaptation: int | None = None
     """Rollouts of the adaptations by which evaluations judge the initialisation. None:
     inner_steps."""
+    eval_every: int = 1
+    """Rollouts between evaluations along such an adaptation."""
     total_episodes: int = 0
     """What the settings above make: meta_steps · meta_batch_size · rollouts a task · batch_size.
     Leave it out."""
@@ -51,7 +53,8 @@ class MetaConfig(PPOConfig):
     family: ClassVar[tuple[str, ...]] = tuple(DEFAULTS)
 
     def __post_init__(self) -> None:
-        for name in ("meta_steps", "meta_batch_size", "inner_steps", "eval_adaptation"):
+        at_least_one = "meta_steps meta_batch_size inner_steps eval_adaptation eval_every"
+        for name in at_least_one.split():
             value = getattr(self, name)
             require(not isinstance(value, int) or value >= 1, f"{name} must be at least 1")
         factors = (self.meta_steps, self.meta_batch_size, self.inner_steps, self.batch_size)
