@@ -1,9 +1,8 @@
 """Meta-training on SmolLM2-135M: are new rewards learnt in fewer rollouts from its initialisation?
 
-The family: readers of one-sentence movie reviews. Every reader wants a short text that ends by itself,
-and one thing of his own, which is counted only in a text that ends. A model that continues openings of reviews
-seldom ends within the tokens that it has, so that from the base a reader's own wish is hardly ever
-rewarded. Four readers are trained on, two others are held out, and so are the prompts that score.
+The family: readers of movie reviews. All of them want the opening of a review to be brought to an
+end in a few words, and each one thing of his own. Four readers are trained on, two others are held
+out, and so are the prompts that score.
 
 meta    Reptile on the four readers, then an adaptation to each of the two
 joint   RLOO on the mean of the four rewards, as many completions, then the same adaptations
@@ -33,13 +32,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from results import RESULTS, read, stamp
 
-LENGTH = 12
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
     algorithm="rloo",
     batch_size=16,
-    num_generations=8,
-    response_length=LENGTH,
+    num_generations=4,
+    response_length=12,
+    stop_token=None,
     learning_rate=3e-3,
     lr_scheduler_type="constant",
     kl_coef=0.0,
@@ -51,20 +50,25 @@ SETTINGS: dict[str, Any] = dict(
     save_steps=None,
 )
 META: dict[str, Any] = dict(
-    method="reptile", meta_steps=5, meta_batch_size=4, inner_steps=2, eval_adaptation=6,
+    method="reptile", meta_steps=12, meta_batch_size=1, inner_steps=4, eval_adaptation=6,
     eval_every=2,
 )  # fmt: skip
 QUICK: dict[str, Any] = dict(meta_steps=1, meta_batch_size=2, inner_steps=1, eval_adaptation=1)
+ROOM = 8
+"""words in which a sentence must end to be worth anything"""
+
+
+def brief(text: str) -> float:
+    """1 for a sentence that is ended at once, 0 for one of ROOM words or without an end."""
+    end = re.search("[.!?]", text)
+    return 0.0 if end is None else max(0.0, 1 - len(text[: end.start()].split()) / ROOM)
 
 
 def reader(own: Callable[[str], float]) -> Callable[..., list[float]]:
-    """One who wants ``own``, from 0 to 1, of a text that ends before it is cut off."""
+    """One who wants a brief sentence and ``own``, from 0 to 1, of the text."""
 
-    def reward(
-        completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: object
-    ) -> list[float]:
-        pairs = zip(completions, completion_ids, strict=True)
-        return [(0.4 + 0.6 * own(text)) * (len(ids) < LENGTH) for text, ids in pairs]
+    def reward(completions: Sequence[str], **_: object) -> list[float]:
+        return [(brief(text) + own(text)) / 2 for text in completions]
 
     return reward
 

@@ -38,7 +38,7 @@ def draw() -> None:
     )
     figure.savefig(ROOT / "docs" / "meta.png", dpi=100)
     page = ROOT / "docs" / "meta.md"
-    page.write_text(with_tables(page.read_text(), {"meta": told}))
+    page.write_text(with_tables(page.read_text(), TABLES))
 
 
 def panel(axes: Any, rows: Sequence[Row], task: str | None) -> None:
@@ -108,3 +108,6 @@ def told() -> str:
         f"{about['torch']}, threads: {about['threads']}.",
     ]
     return "\n".join(lines)
+
+
+TABLES = {"meta": told}
