@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .hierarchical import HierarchicalTrainer
     from .hierarchical_config import HierarchicalConfig
     from .loss_modules import LinearLogprobs, LinearPolicyLoss, PolicyLoss, ValueLoss
+    from .meta import MetaTrainer
+    from .meta_config import MetaConfig
     from .multi_agent import MultiAgentConfig, MultiAgentTrainer
     from .reward_config import RewardConfig
     from .reward_trainer import RewardTrainer
@@ -35,6 +37,8 @@ __all__ = [
     "HierarchicalTrainer",
     "LinearLogprobs",
     "LinearPolicyLoss",
+    "MetaConfig",
+    "MetaTrainer",
     "MultiAgentConfig",
     "MultiAgentTrainer",
     "PPOConfig",
@@ -65,6 +69,8 @@ HOMES = {
     "HierarchicalTrainer": "hierarchical",
     "LinearLogprobs": "loss_modules",
     "LinearPolicyLoss": "loss_modules",
+    "MetaConfig": "meta_config",
+    "MetaTrainer": "meta",
     "MultiAgentConfig": "multi_agent",
     "MultiAgentTrainer": "multi_agent",
     "PPOConfig": "config",

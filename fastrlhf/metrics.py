@@ -26,7 +26,10 @@ __all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
 
 METRICS = "metrics.jsonl"
 # What a run writes line by line; other files in its folder are the user's own.
-LINES = (METRICS, "evaluations.jsonl", "samples.jsonl", "findings.jsonl")
+LINES = (
+    METRICS, "evaluations.jsonl", "samples.jsonl", "findings.jsonl", "adaptations.jsonl",
+    "curves.jsonl",
+)  # fmt: skip
 
 
 class RunFolder:

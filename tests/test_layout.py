@@ -15,7 +15,7 @@ CODE = [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.g
 MATHS = ["advantages.py", "losses.py", "algorithms.py", "rewards/shaping.py"]
 SEE_EVERYTHING = (
     "cli.py", "__init__.py", "trainer.py", "trainers.py", "hierarchical.py",
-    "multi_agent/learner.py",
+    "meta.py", "multi_agent/learner.py",
 )  # fmt: skip
 MODELS = {"transformers", "peft", "backbone", "trunk", "pretrained", "trainer", "rollout"}
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
         ("docs/kernels.md", "tables", "TABLES"),
         ("docs/memory.md", "results", "MEMORY_TABLES"),
         ("docs/rewards.md", "results", "REWARD_TABLES"),
+        ("docs/meta.md", "meta_figure", "TABLES"),
     ],
 )
 def test_tables_are_generated(page, module, tables, monkeypatch):
