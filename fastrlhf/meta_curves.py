@@ -40,6 +40,7 @@ def mean_of(found: Sequence[Evaluation]) -> Evaluation:
         scores=[score for one in found for score in one.scores],
         prompts=[prompt for one in found for prompt in one.prompts],
         completions=[text for one in found for text in one.completions],
+        told=[columns for one in found for columns in one.told],
     )
 
 

@@ -35,7 +35,6 @@ from .configs import CONFIGS
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluate_command import Answers, answers
-from .evaluation import distinct_bigrams
 from .interpolation import save_interpolated
 from .kept_settings import check_settings_kept, parse
 from .loading import tokenized_prompts
@@ -46,6 +45,7 @@ from .pretrained import Pretrained, find_pretrained
 from .rewards.functions import RewardScorer
 from .roles import POLICY_ADAPTER
 from .run_policy import find_checkpoint, load_policy
+from .text_figures import distinct
 from .trainers import TRAINERS
 
 __all__ = ["Front", "Point", "dominated", "pareto_front"]
@@ -251,7 +251,7 @@ def point(
 ) -> Point:
     first, second = scores(told, config)
     kl = None if told.kl is None else sum(told.kl) / len(told.kl)
-    text = distinct_bigrams(told.completions)
+    text = distinct(told.completions, 2)
     adapter = None if folder is None else str(folder)
     return Point(weights, (first, second), kl, told.entropy, text, is_worse, adapter)
 
