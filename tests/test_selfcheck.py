@@ -1,9 +1,13 @@
 """Each identity holds within the rounding of what it compares, and is refused beyond it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_trainer_algorithms import train
 
-from fastrlhf import SelfCheckError
+import fastrlhf.trainer as module
+from fastrlhf import GRPOConfig, SelfCheckError
 from fastrlhf.selfcheck import ROLLOUT_SLACK, check_first_minibatch
 from fastrlhf_kernels import PolicyLossSpec, policy_loss
 
@@ -35,3 +39,20 @@ def test_scored_ones_may_not():
     check_first_minibatch(stats(torch.zeros(8)), torch.float32)
     with pytest.raises(SelfCheckError, match="instead of 1, 0, 0"):
         check_first_minibatch(stats(rounding(1e-2)), torch.float32)
+
+
+def test_a_run_on_sampled_ones_bears_samplings_rounding(tmp_path, monkeypatch):
+    original = module.score
+
+    def rounded(*given):
+        experience = original(*given)
+        gaps = rounding(5e-3)[: experience.old_logprobs.numel()]
+        off = experience.old_logprobs + gaps.view_as(experience.old_logprobs)
+        return replace(experience, old_logprobs=off)
+
+    monkeypatch.setattr(module, "score", rounded)
+    settings = {"kind": GRPOConfig, "rollouts": 1, "num_generations": 4}
+    _, _, (line,) = train(tmp_path / "sampled", old_logprobs="sampled", **settings)
+    assert 0 < line["check/first_approx_kl"] < 5e-5
+    with pytest.raises(SelfCheckError, match="instead of 1, 0, 0"):
+        train(tmp_path / "scored", **settings)
