@@ -26,9 +26,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from results import NOT_MEASURED, RESULTS, ROOT, read, stamp, with_tables
 
-SENTIMENT, BREVITY = "sentiment", "length_band(3, 6)"
+SENTIMENT, BREVITY = "sentiment", "length_band(2, 4)"
 NAMES = {SENTIMENT: "sentiment", BREVITY: "brevity"}
-QUICK = ["total_episodes=32", "eval_prompts=16", "save_steps=null"]
+QUICK = ["total_episodes=32", "batch_size=16", "eval_prompts=16"]
 COLOUR, BASELINE = "#1f6f8b", "#c8553d"
 Row = dict[str, Any]
 
