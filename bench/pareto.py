@@ -5,7 +5,7 @@ interpolated. The baseline is the line between the two trained policies: what to
 them at every prompt would give, which needs no interpolation. Rewards, prompts and samples of all
 policies of a seed are the same; the prompts are held out.
 
-    python bench/pareto.py [--seeds 1,2] [--points 5] [--quick] [--print] [key=value …]
+    python bench/pareto.py [--seeds 1,2] [--points 5] [--jobs 2] [--quick] [--print] [key=value …]
     python bench/pareto.py --figure      only draws docs/pareto.png and the table from the rows
 
 Puts a seed's rows into bench/results/pareto.jsonl in the place of those that it had (with --print
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -164,17 +165,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The front between sentiment and brevity.")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, a thread each")
     parser.add_argument("--quick", action="store_true", help="a rollout or two, only printed")
     parser.add_argument("--print", action="store_true", help="print rows, write nothing")
     parser.add_argument("--figure", action="store_true", help="only draw")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     given = parser.parse_args()
-    for seed in [] if given.figure else map(int, given.seeds.split(",")):
-        rows = run(seed, given.points, [*given.settings, *(QUICK if given.quick else [])])
-        if given.print or given.quick:
-            print("".join(json.dumps(row) + "\n" for row in rows), end="")
-        else:
-            keep(rows)
+    seeds = [] if given.figure else [int(seed) for seed in given.seeds.split(",")]
+    settings = [*given.settings, *(QUICK if given.quick else [])]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for rows in pool.map(lambda seed: run(seed, given.points, settings), seeds):
+            if given.print or given.quick:
+                print("".join(json.dumps(row) + "\n" for row in rows), end="")
+            else:
+                keep(rows)
     if not (given.print or given.quick):
         draw()
 
