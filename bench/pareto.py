@@ -92,6 +92,8 @@ def table() -> str:
         return NOT_MEASURED
     base = [row for row in rows if row["point"] is None]
     lines = [
+        "![brevity over sentiment: the policies between two trained ones](pareto.png)",
+        "",
         "| weights | sentiment | brevity | above the line | KL | distinct-2 | dominated |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -99,7 +101,7 @@ def table() -> str:
     for here in [base, *points]:
         first, second = here[0]["weights"]
         is_base = here is base
-        name = "before training" if is_base else f"{first:g} : {second:g}"
+        name = "before training" if is_base else f"{first:.3g} : {second:.3g}"
         gain = "" if is_base else f"{above_the_line(points, here):+.3f}"
         worse = "" if is_base else f"{sum(x['dominated'] for x in here)} of {len(here)} seeds"
         kl, text = (statistics.mean(x[key] for x in here) for key in ("kl", "distinct_2"))
@@ -143,7 +145,7 @@ def draw() -> None:
     for here, at in zip(points, places, strict=True):
         first, second = here[0]["weights"]
         kl = statistics.mean(row["kl"] for row in here)
-        axes.annotate(f"{first:g} : {second:g}, KL {kl:.1f}", at, xytext=(7, 7),
+        axes.annotate(f"{first:.3g} : {second:.3g}, KL {kl:.1f}", at, xytext=(7, 7),
                       textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_xlabel("mean score: sentiment (VADER)")
     axes.set_ylabel(f"mean score: brevity ({BREVITY})")
@@ -153,6 +155,7 @@ def draw() -> None:
         loc="left",
         fontsize=11,
     )
+    axes.margins(0.12)  # for what is written beside the points
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
