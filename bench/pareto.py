@@ -5,7 +5,7 @@ interpolated. The baseline is the line between the two trained policies: what to
 them at every prompt would give, which needs no interpolation. Rewards, prompts and samples of all
 policies of a seed are the same; the prompts are held out.
 
-    python bench/pareto.py [--seeds 1,2] [--points 5] [--quick] [--print] [key=value …]
+    python bench/pareto.py [--seeds 1,2] [--points 5] [--jobs 2] [--quick] [--print] [key=value …]
     python bench/pareto.py --figure      only draws docs/pareto.png and the table from the rows
 
 Puts a seed's rows into bench/results/pareto.jsonl in the place of those that it had (with --print
@@ -20,15 +20,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from results import NOT_MEASURED, RESULTS, ROOT, read, stamp, with_tables
 
-SENTIMENT, BREVITY = "sentiment", "length_band(3, 6)"
+SENTIMENT, BREVITY = "sentiment", "length_band(2, 4)"
 NAMES = {SENTIMENT: "sentiment", BREVITY: "brevity"}
-QUICK = ["total_episodes=32", "eval_prompts=16", "save_steps=null"]
+QUICK = ["total_episodes=32", "batch_size=16", "eval_prompts=16"]
 COLOUR, BASELINE = "#1f6f8b", "#c8553d"
 Row = dict[str, Any]
 
@@ -91,6 +92,8 @@ def table() -> str:
         return NOT_MEASURED
     base = [row for row in rows if row["point"] is None]
     lines = [
+        "![brevity over sentiment: the policies between two trained ones](pareto.png)",
+        "",
         "| weights | sentiment | brevity | above the line | KL | distinct-2 | dominated |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -98,7 +101,7 @@ def table() -> str:
     for here in [base, *points]:
         first, second = here[0]["weights"]
         is_base = here is base
-        name = "before training" if is_base else f"{first:g} : {second:g}"
+        name = "before training" if is_base else f"{first:.3g} : {second:.3g}"
         gain = "" if is_base else f"{above_the_line(points, here):+.3f}"
         worse = "" if is_base else f"{sum(x['dominated'] for x in here)} of {len(here)} seeds"
         kl, text = (statistics.mean(x[key] for x in here) for key in ("kl", "distinct_2"))
@@ -142,7 +145,7 @@ def draw() -> None:
     for here, at in zip(points, places, strict=True):
         first, second = here[0]["weights"]
         kl = statistics.mean(row["kl"] for row in here)
-        axes.annotate(f"{first:g} : {second:g}, KL {kl:.1f}", at, xytext=(7, 7),
+        axes.annotate(f"{first:.3g} : {second:.3g}, KL {kl:.1f}", at, xytext=(7, 7),
                       textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_xlabel("mean score: sentiment (VADER)")
     axes.set_ylabel(f"mean score: brevity ({BREVITY})")
@@ -152,6 +155,7 @@ def draw() -> None:
         loc="left",
         fontsize=11,
     )
+    axes.margins(0.12)  # for what is written beside the points
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -164,17 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The front between sentiment and brevity.")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, a thread each")
     parser.add_argument("--quick", action="store_true", help="a rollout or two, only printed")
     parser.add_argument("--print", action="store_true", help="print rows, write nothing")
     parser.add_argument("--figure", action="store_true", help="only draw")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     given = parser.parse_args()
-    for seed in [] if given.figure else map(int, given.seeds.split(",")):
-        rows = run(seed, given.points, [*given.settings, *(QUICK if given.quick else [])])
-        if given.print or given.quick:
-            print("".join(json.dumps(row) + "\n" for row in rows), end="")
-        else:
-            keep(rows)
+    seeds = [] if given.figure else [int(seed) for seed in given.seeds.split(",")]
+    settings = [*given.settings, *(QUICK if given.quick else [])]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for rows in pool.map(lambda seed: run(seed, given.points, settings), seeds):
+            if given.print or given.quick:
+                print("".join(json.dumps(row) + "\n" for row in rows), end="")
+            else:
+                keep(rows)
     if not (given.print or given.quick):
         draw()
 

@@ -271,6 +271,7 @@ def keep(front: Front, prompts: PromptSet, told: Sequence[Answers], labels: Sequ
         draw_front(asdict(front), labels, output / "pareto.png")
     else:
         say("no plot: pip install matplotlib")
+    say(f"the front is in {output}")
 
 
 def say(text: str) -> None:

@@ -47,6 +47,7 @@ def draw_front(front: Mapping[str, Any], labels: Sequence[str], output: Path) ->
         loc="left",
         fontsize=11,
     )
+    axes.margins(0.12)  # for what is written beside the points
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -133,7 +133,7 @@ PARETO = Verb(
         RECIPE,
         option(
             "--rewards",
-            "two of what reward= takes, like sentiment 'length_band(3, 6)'",
+            "two of what reward= takes, like sentiment 'length_band(2, 4)'",
             nargs=2,
             required=True,
             metavar=("A", "B"),

@@ -28,7 +28,8 @@ def test_the_table_is_of_means_over_seeds(bench, monkeypatch):
     points = [(None, 0.1, 0.2), (0, 0.8, 0.2), (1, 0.6, 0.5), (2, 0.0, 0.6)]
     rows = [row(seed, p, x + 0.1 * (seed - 1), y) for seed in (1, 2) for p, x, y in points]
     monkeypatch.setattr(bench, "read", lambda name: rows)
-    lines = bench.table().splitlines()
+    picture, _, *lines = bench.table().splitlines()
+    assert picture.endswith("(pareto.png)")
     assert lines[2] == "| before training | +0.150 | 0.200 |  | 1.50 | 0.90 |  |"
     # At a quarter of the way by sentiment, the line between the ends is at 0.3.
     assert lines[4] == "| 0.5 : 0.5 | +0.650 | 0.500 | +0.200 | 1.50 | 0.90 | 2 of 2 seeds |"
