@@ -56,9 +56,9 @@ REQUESTS = {
         "a doctor, a dragon, a postman"
     ),
 }  # fmt: skip
-# An example says more to a model of this size than an instruction does.
+# An example says more to a model of this size than an instruction does. Chosen on training prompts.
 EXAMPLES = {
-    "concise": "Q: What is the opposite of thin?\nA: thick\n",
+    "concise": "Q: What colour is ink?\nA: Blue.\n",
     "informative": "Q: What is rain?\nA: Water that falls from clouds.\n",
     "creative": (
         "Q: Describe a rose.\n"
