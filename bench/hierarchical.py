@@ -36,19 +36,19 @@ from results import RESULTS, read, stamp
 
 SETTINGS: dict[str, Any] = dict(
     model="smollm2-135m",
-    total_episodes=192,
+    total_episodes=144,
     batch_size=16,
     num_ppo_epochs=2,
     num_mini_batches=1,
-    response_length=14,
+    response_length=12,
     stop_token=None,
     temperature=0.6,
     learning_rate=2e-3,
     kl_coef=0.02,
     lam=1.0,
-    train_layers=4,
+    train_layers=2,
     microbatch_tokens=1024,
-    eval_steps=4,
+    eval_steps=3,
     num_samples=0,
     save_steps=None,
 )

@@ -1,8 +1,8 @@
 """Two kinds of prompts that want different answers, and the reward that says so.
 
 A question of fact wants its answer and no more: half for naming it, half for at most three words.
-A scene wants words, and friendly ones: half for ten words or more, half for VADER's sentiment. The
-rows are ours; a fixed draw holds a quarter of each kind out.
+A scene wants words, and friendly ones: half for eight words or more, half for VADER's sentiment.
+The rows are ours; a fixed draw holds a quarter of each kind out.
 """
 
 import random
@@ -56,13 +56,13 @@ REQUESTS = {
         "a doctor, a dragon, a postman"
     ),
 }  # fmt: skip
-# An example says more to a model of this size than an instruction does.
+# An example says more to a model of this size than an instruction does. Chosen on training prompts.
 EXAMPLES = {
-    "concise": "Q: What is the opposite of thin?\nA: thick\n",
-    "informative": "Q: What is rain?\nA: Water that falls from clouds, where vapour has cooled.\n",
+    "concise": "Q: What colour is ink?\nA: Blue.\n",
+    "informative": "Q: What is rain?\nA: Water that falls from clouds.\n",
     "creative": (
         "Q: Describe a rose.\n"
-        "A: Oh, a sweet, lovely rose glows with love and joy, a happy wonder of the summer.\n"
+        "A: A lovely, sweet rose glows with love, joy and the warm summer sun.\n"
     ),
 }
 
@@ -94,7 +94,7 @@ def fitting(
     """From 0 to 1; see the module. The answer is the first line with anything in it."""
     completions = [text.strip().split("\n")[0] for text in completions]
     brief = length_band(completions, low=1, high=3)
-    long = length_band(completions, low=10, high=60)
+    long = length_band(completions, low=8, high=60)
     friendly = [max(x, 0.0) for x in sentiment(completions)]
     return [
         (brief[i] + (right.lower() in text.lower())) / 2

@@ -23,7 +23,7 @@ class HierarchicalConfig(PPOConfig):
     """The modes: names that ship (concise, informative, creative), a mapping of name to
     instruction, or the path of a YAML file with either. One mode is no choice, and then nothing is
     learnt of it."""
-    mode_learning_rate: float = 0.02
+    mode_learning_rate: float = 0.04
     """Of the policy over modes and its baseline; constant. 0: modes stay evenly random."""
     mode_entropy_coef: float = 0.01
     """Weight of the entropy of the policy over modes, beside advantages of unit size."""

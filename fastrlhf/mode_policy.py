@@ -3,11 +3,12 @@
 The mode m of a prompt is drawn from `softmax(W x)`, the expected score of the prompt is
 `level + spread · (w · x)`, and x is the frozen base's final state h of the prompt's last token:
 
-    x = [(h - center) / scale, D / 2] / sqrt(D)
+    x = [(h - center) / scale / sqrt(D), 1]
 
 center and scale are the mean and deviation of h over some training prompts, so that what prompts
 have in common, which is most of h, does not drown what they differ in. The last entry is the
-bias: Adam moves every weight alike, and it is as large as the others are together.
+bias. Adam moves every weight alike, so a larger one would be learnt first, and the mode that is
+best on average be picked for all prompts until the others had caught up.
 
 A rollout is a batch of one-step episodes (a contextual bandit). With A = score - expected score,
 divided by its root mean square, the high level takes `num_ppo_epochs` steps of PPO's clipped loss
@@ -69,8 +70,8 @@ class ModePolicy(nn.Module):
         """x, [n, D] -> [n, D + 1]."""
         size = self.center.numel()
         standard = (states.to(self.center) - self.center) / self.scale
-        bias = standard.new_full((len(states), 1), size / 2)
-        return torch.cat([standard, bias], 1) / math.sqrt(size)
+        bias = standard.new_ones(len(states), 1)
+        return torch.cat([standard / math.sqrt(size), bias], 1)
 
     def logprobs(self, features: Tensor) -> Tensor:
         """Of every mode, [n, D + 1] -> [n, K]."""

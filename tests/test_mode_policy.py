@@ -37,7 +37,7 @@ def test_the_gradient_is_that_of_the_formula_in_float64(relative_rms):
     weight = policy.policy.detach().double().requires_grad_()
     value = policy.value.detach().double().requires_grad_()
     mean, deviation = states.double().mean(0), states.double().std(0, correction=0)
-    x = torch.cat([(states - mean) / deviation, torch.full((40, 1), SIZE / 2)], 1) / SIZE**0.5
+    x = torch.cat([(states - mean) / deviation / SIZE**0.5, torch.ones(40, 1)], 1)
     chances = (x.double() @ weight.T).softmax(-1)
     ratio = chances[torch.arange(40), modes] / old.double().exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)
