@@ -39,10 +39,10 @@ SETTINGS: dict[str, Any] = dict(
     num_generations=4,
     response_length=12,
     stop_token=None,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     lr_scheduler_type="constant",
-    kl_coef=0.0,
-    old_logprobs="sampled",
+    kl_coef=0.02,
+    kl_estimator="exact",
     train_layers=4,
     microbatch_tokens=1024,
     num_samples=0,
@@ -50,18 +50,19 @@ SETTINGS: dict[str, Any] = dict(
     save_steps=None,
 )
 META: dict[str, Any] = dict(
-    method="reptile", meta_steps=12, meta_batch_size=1, inner_steps=4, eval_adaptation=6,
+    method="reptile", meta_steps=8, meta_batch_size=1, inner_steps=4, eval_adaptation=6,
     eval_every=2,
 )  # fmt: skip
 QUICK: dict[str, Any] = dict(meta_steps=1, meta_batch_size=2, inner_steps=1, eval_adaptation=1)
-ROOM = 8
-"""words in which a sentence must end to be worth anything"""
+SHORT, LONG = 2, 5
+"""words of a brief sentence"""
 
 
 def brief(text: str) -> float:
-    """1 for a sentence that is ended at once, 0 for one of ROOM words or without an end."""
+    """1 for a sentence of SHORT to LONG words, less for others, 0 without an end or a word."""
     end = re.search("[.!?]", text)
-    return 0.0 if end is None else max(0.0, 1 - len(text[: end.start()].split()) / ROOM)
+    words = 0 if end is None else len(text[: end.start()].split())
+    return min(words / SHORT, LONG / words, 1.0) if words else 0.0
 
 
 def reader(own: Callable[[str], float]) -> Callable[..., list[float]]:

@@ -121,11 +121,11 @@ def test_nothing_else_changes(tmp_path):
     trainer = MetaTrainer(backbone, TASKS, config, PROMPTS, eval_tasks={"d": share("d")})
     every = dict(backbone.named_parameters())
     before = {name: p.detach().clone() for name, p in every.items()}
+    state = trainer.generator.get_state(), trainer.shuffler.get_state()
     curve = trainer.adapt("d", save_to=tmp_path / "adapted")
     assert curve.steps == [0, 1, 2] and len(curve.scores) == 3
     assert all(torch.equal(p, before[name]) for name, p in every.items())
     assert (tmp_path / "adapted/adapter_model.safetensors").exists()
-    state = trainer.generator.get_state(), trainer.shuffler.get_state()
     assert trainer.adapt(share("d"), 2, every=2).scores == curve.scores[::2]
     assert all(
         torch.equal(a, b.get_state())
