@@ -102,9 +102,10 @@ def told() -> str:
         "",
         f"Mean scores over the held-out rewards ({', '.join(about['held_out'])}) on "
         f"{about['eval_prompts']} held-out prompts, after so many rollouts of "
-        f"{about['batch_size']} completions. The meta-initialisation and, where it is shown, the joint "
-        f"start were trained on {about['episodes']} completions of {about['response_length']} tokens, with "
-        f"the rewards {', '.join(about['tasks'])}. Measured on {about['device']}, torch "
+        f"{about['batch_size']} completions. The meta-initialisation and, where it is shown, the "
+        f"joint start were trained on {about['episodes']} completions of "
+        f"{about['response_length']} tokens, with the rewards {', '.join(about['tasks'])}. "
+        f"Measured on {about['device']}, torch "
         f"{about['torch']}, threads: {about['threads']}.",
     ]
     return "\n".join(lines)
