@@ -33,7 +33,7 @@ def draw() -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
-        "New rewards are learnt in fewer rollouts from a meta-learnt start: SmolLM2-135M, rewards "
+        "Learning a new reward from a meta-learnt start and from the base: SmolLM2-135M, rewards "
         f"and prompts not seen in training ({seeds} {'seed' if seeds == 1 else 'seeds'})"
     )
     figure.savefig(ROOT / "docs" / "meta.png", dpi=100)
