@@ -5,10 +5,11 @@ end in a few words, and each one thing of his own. Four readers are trained on, 
 out, and so are the prompts that score.
 
 meta    Reptile on the four readers, then an adaptation to each of the two
-joint   RLOO on the mean of the four rewards, as many completions, then the same adaptations
 base    the same adaptations from the base
+joint   RLOO on the mean of the four rewards, as many completions, then the same adaptations; only
+        with --joint, for it takes as long as the two others
 
-    python bench/meta.py [--seeds 1,2] [--quick] [--jobs 1] [--print]
+    python bench/meta.py [--seeds 1,2] [--joint] [--quick] [--jobs 1] [--print]
     python bench/meta.py --figure            only draws docs/meta.png from the rows
 
 Puts each seed's rows into bench/results/meta.jsonl in the place of those that it had (with --print:
@@ -39,10 +40,10 @@ SETTINGS: dict[str, Any] = dict(
     num_generations=4,
     response_length=12,
     stop_token=None,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     lr_scheduler_type="constant",
-    kl_coef=0.0,
-    old_logprobs="sampled",
+    kl_coef=0.02,
+    kl_estimator="exact",
     train_layers=4,
     microbatch_tokens=1024,
     num_samples=0,
@@ -54,14 +55,15 @@ META: dict[str, Any] = dict(
     eval_every=2,
 )  # fmt: skip
 QUICK: dict[str, Any] = dict(meta_steps=1, meta_batch_size=2, inner_steps=1, eval_adaptation=1)
-ROOM = 8
-"""words in which a sentence must end to be worth anything"""
+SHORT, LONG = 2, 5
+"""words of a brief sentence"""
 
 
 def brief(text: str) -> float:
-    """1 for a sentence that is ended at once, 0 for one of ROOM words or without an end."""
+    """1 for a sentence of SHORT to LONG words, less for others, 0 without an end or a word."""
     end = re.search("[.!?]", text)
-    return 0.0 if end is None else max(0.0, 1 - len(text[: end.start()].split()) / ROOM)
+    words = 0 if end is None else len(text[: end.start()].split())
+    return min(words / SHORT, LONG / words, 1.0) if words else 0.0
 
 
 def reader(own: Callable[[str], float]) -> Callable[..., list[float]]:
@@ -107,11 +109,32 @@ def mean_of(rewards: Sequence[Callable[..., list[float]]]) -> Callable[..., list
     return reward
 
 
-def run(seed: int, quick: bool) -> list[dict[str, Any]]:
-    """All three arms on one seed; their curves, a row a point."""
+def joint_curves(config: Any, folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """The held-out curves after as many completions on the mean of the rewards."""
+    from fastrlhf import MetaTrainer, PPOTrainer, RLOOConfig
+
+    tasks, held_out = readers()
+    settings = SETTINGS | {"total_episodes": config.total_episodes, "seed": config.seed}
+    joint = PPOTrainer(
+        "smollm2-135m", mean_of(list(tasks.values())), RLOOConfig(**settings, output_dir=folder)
+    )
+    joint.train()
+    tokenizer = joint.callbacks.given["processing_class"]
+    start = MetaTrainer(
+        joint.backbone, tasks, config, processing_class=tokenizer, eval_tasks=held_out
+    )
+    found = []
+    for name in held_out:
+        made = start.adapt(name, config.eval_adaptation, every=config.eval_every)
+        found.append(("joint", {"task": name, "after": made.steps, "score": made.scores}))
+    return found
+
+
+def run(seed: int, quick: bool, joint: bool) -> list[dict[str, Any]]:
+    """The arms on one seed; their curves, a row a point."""
     import torch
 
-    from fastrlhf import MetaConfig, MetaTrainer, PPOTrainer, RLOOConfig
+    from fastrlhf import MetaConfig, MetaTrainer
 
     torch.set_num_threads(1)
     begun, started = stamp(), time.perf_counter()
@@ -125,19 +148,8 @@ def run(seed: int, quick: bool) -> list[dict[str, Any]]:
         curves = [json.loads(line) for line in lines]
         found = [("meta" if line["step"] else "base", line) for line in curves]
         del trainer
-        # The same number of completions, on the mean of the rewards.
-        settings = SETTINGS | {"total_episodes": config.total_episodes, "seed": seed}
-        joint = PPOTrainer(
-            "smollm2-135m",
-            mean_of(list(tasks.values())),
-            RLOOConfig(**settings, output_dir=f"{folder}/joint"),
-        )
-        joint.train()
-        given = {"processing_class": joint.callbacks.given["processing_class"]}
-        from_joint = MetaTrainer(joint.backbone, tasks, config, eval_tasks=held_out, **given)
-        for name in held_out:
-            made = from_joint.adapt(name, config.eval_adaptation, every=config.eval_every)
-            found.append(("joint", {"task": name, "after": made.steps, "score": made.scores}))
+        if joint:
+            found += joint_curves(config, f"{folder}/joint")
     about = {"bench": "meta", "seed": seed}
     names = ("batch_size", "response_length", "eval_prompts")
     rows = [
@@ -153,9 +165,10 @@ def run(seed: int, quick: bool) -> list[dict[str, Any]]:
     return [begun | row for row in rows]
 
 
-def one(seed: int, quick: bool) -> list[dict[str, Any]]:
+def one(seed: int, quick: bool, joint: bool) -> list[dict[str, Any]]:
     """`run` in a process of its own with one thread."""
     command = [sys.executable, __file__, "--one", f"--seeds={seed}", *["--quick"] * quick]
+    command += ["--joint"] * joint
     done = subprocess.run(
         command,
         check=True,
@@ -182,6 +195,7 @@ def as_lines(rows: list[dict[str, Any]]) -> str:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Meta-training on SmolLM2-135M.")
     parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--joint", action="store_true", help="the third arm too")
     parser.add_argument("--quick", action="store_true", help="one meta step: does it run?")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, a thread each")
     parser.add_argument("--print", action="store_true", help="print rows, write nothing")
@@ -194,13 +208,15 @@ def main() -> None:
     given = options()
     seeds = [int(seed) for seed in given.seeds.split(",")]
     if given.one:
-        print(as_lines(run(seeds[0], given.quick)), end="")
+        print(as_lines(run(seeds[0], given.quick, given.joint)), end="")
         return
     if not given.figure:
         # What a quick run finds is no result.
         only_print = given.print or given.quick
         with ThreadPoolExecutor(given.jobs) as pool:
-            made = pool.map(lambda seed: kept(one(seed, given.quick), only_print), seeds)
+            made = pool.map(
+                lambda seed: kept(one(seed, given.quick, given.joint), only_print), seeds
+            )
             rows = [row for part in made for row in part]
         if only_print:
             print(as_lines(rows), end="")

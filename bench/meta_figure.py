@@ -33,7 +33,7 @@ def draw() -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
-        "New rewards are learnt in fewer rollouts from a meta-learnt start: SmolLM2-135M, rewards "
+        "Learning a new reward from a meta-learnt start and from the base: SmolLM2-135M, rewards "
         f"and prompts not seen in training ({seeds} {'seed' if seeds == 1 else 'seeds'})"
     )
     figure.savefig(ROOT / "docs" / "meta.png", dpi=100)
@@ -102,9 +102,10 @@ def told() -> str:
         "",
         f"Mean scores over the held-out rewards ({', '.join(about['held_out'])}) on "
         f"{about['eval_prompts']} held-out prompts, after so many rollouts of "
-        f"{about['batch_size']} completions. Both the meta-initialisation and the joint start were "
-        f"trained on {about['episodes']} completions of {about['response_length']} tokens, with "
-        f"the rewards {', '.join(about['tasks'])}. Measured on {about['device']}, torch "
+        f"{about['batch_size']} completions. The meta-initialisation and, where it is shown, the "
+        f"joint start were trained on {about['episodes']} completions of "
+        f"{about['response_length']} tokens, with the rewards {', '.join(about['tasks'])}. "
+        f"Measured on {about['device']}, torch "
         f"{about['torch']}, threads: {about['threads']}.",
     ]
     return "\n".join(lines)
