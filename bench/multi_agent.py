@@ -70,7 +70,9 @@ EXAM, TOURNAMENT = 64, 16  # sums in the exam; sums of each proposer in the tour
 def game_of(kind: str) -> Any:
     from fastrlhf.multi_agent import ProposerSolver, ReferenceGame
 
-    return ReferenceGame() if kind == "cooperative" else ProposerSolver()
+    # One try and paid for failure: the cheapest game, and one of pure competition.
+    competitive = ProposerSolver(largest=9, tries=1, pays="hard")
+    return ReferenceGame() if kind == "cooperative" else competitive
 
 
 def run(kind: str, seed: int, quick: bool) -> Rows:
