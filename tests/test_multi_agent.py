@@ -102,37 +102,45 @@ def test_a_pair_learns_to_signal(tmp_path, algorithm):
     assert lines(tmp_path)[-1]["speaker/objective/kl"] > 0
 
 
-def loss_of(made, agent, states=None):
-    """An agent's loss on a rollout of its turns, and the states it was made of."""
+def gradient_of(made, agent, whole_text=False):
+    """The gradient of an agent's loss by the last states, [b, w, D], and the places of its tokens.
+
+    whole_text: what would be wrong: the loss of all tokens, whoever said them.
+    """
     played = made.players.play(made.game.deal(6, made.dealer, False), made.generator)
     turns, _ = played.turns_of(agent)
     backbone, config = made.backbone, made.configs[agent]
     with backbone.policy_is(agent):
         (layout,) = cut(turns.sequences, torch.arange(6), "sorted", 10**4)
         experience = score(backbone, turns, [layout], config)
-        experience = experience.with_advantages(
-            torch.ones_like(experience.old_logprobs), experience.returns
-        )
-        batch = gather(backbone, experience, layout)
+        ones = torch.ones_like(experience.old_logprobs)
+        batch = gather(backbone, experience.with_advantages(ones, ones), layout)
+        if whole_text:
+            index = torch.arange(layout.token_index.numel() - 1)
+            batch = replace(
+                batch, state_index=index, sequence_ids=index, ref_hidden=None,
+                responses=turns.tokens.flatten()[layout.token_index.flatten()[1:]],
+                response_mask=torch.ones_like(index, dtype=torch.bool),
+                old_logprobs=torch.zeros(len(index)), advantages=torch.ones(len(index)),
+            )  # fmt: skip
         spec = made.agents[agent].algorithm.spec(config, 1.0, made.agents[agent].state)
+        spec = replace(spec, kl_coef=0.0)
         inputs = (batch.trunk, batch.attention_mask, batch.position_ids)
         hidden = backbone.hidden("policy", *inputs).detach().requires_grad_()
         backbone.hidden = lambda *given: hidden
         try:
-            loss = microbatch_loss(backbone, batch, spec, config, int(turns.response_mask.sum()))
+            microbatch_loss(backbone, batch, spec, config, len(batch.responses)).loss.backward()
         finally:
             del backbone.hidden
-    loss.loss.backward()
-    return hidden.grad, layout, turns
+    own = torch.zeros(layout.token_index.numel(), dtype=torch.bool)
+    own[layout.state_index] = True
+    return hidden.grad, own.view(layout.token_index.shape), layout, turns
 
 
 @pytest.mark.parametrize("agent", ["speaker", "listener"])
 def test_the_other_agents_tokens_get_no_gradient(tmp_path, agent):
-    gradient, layout, turns = loss_of(trainer(tmp_path, Signals(speaker_tokens=3)), agent)
-    rows, width = layout.token_index.shape
-    own = torch.zeros(rows * width, dtype=torch.bool)
-    own[layout.state_index] = True
-    own = own.view(rows, width)
+    made = trainer(tmp_path, Signals(speaker_tokens=3))
+    gradient, own, layout, turns = gradient_of(made, agent)
     assert (gradient[~own] == 0).all()
     assert (gradient[own] != 0).any(-1).all()
     # What predicts an own token is the prompt's last token, or an own one before it.
@@ -140,6 +148,9 @@ def test_the_other_agents_tokens_get_no_gradient(tmp_path, agent):
     assert int(own.sum()) == int(turns.response_mask.sum())
     for row, index in enumerate(layout.token_index[:, 0] // turns.tokens.shape[1]):
         assert own[row].nonzero()[0] == prompt[index] - 1
+    # The test can fail: a loss that has no mask reaches what the other said.
+    gradient, own, *_ = gradient_of(made, agent, whole_text=True)
+    assert (gradient[~own] != 0).any()
 
 
 def test_what_another_said_is_prompt(tmp_path):
