@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 GAMES: dict[str, dict[str, Any]] = {
     "cooperative": dict(
-        rounds=20, learning_rate=2e-3, kl_coef=0.02, pool_share=0.0, snapshot_steps=20,
+        rounds=20, learning_rate=2e-3, kl_coef=0.05, pool_share=0.0, snapshot_steps=20,
         eval_prompts=64, eval_steps=10,
     ),
     "competitive": dict(

@@ -68,7 +68,7 @@ class ReferenceGame:
         words: Sequence[str] = WORDS,
         *,
         candidates: int = 3,
-        hint_tokens: int = 3,
+        hint_tokens: int = 2,
         answer_tokens: int = 1,
         held_out_share: float = 0.25,
         seed: int = 1,
