@@ -48,8 +48,8 @@ SETTINGS: dict[str, Any] = dict(
 )
 GAMES: dict[str, dict[str, Any]] = {
     "cooperative": dict(
-        rounds=20, learning_rate=2e-3, kl_coef=0.05, pool_share=0.0, snapshot_steps=20,
-        eval_prompts=64, eval_steps=10,
+        rounds=24, learning_rate=2e-3, kl_coef=0.05, pool_share=0.0, snapshot_steps=24,
+        eval_prompts=96, eval_steps=12,
     ),
     "competitive": dict(
         rounds=22, learning_rate=1.5e-3, kl_coef=0.1, snapshot_steps=8,
