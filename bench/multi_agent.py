@@ -38,22 +38,24 @@ Rows = list[dict[str, Any]]
 SETTINGS: dict[str, Any] = dict(
     model="smollm2-135m",
     batch_size=32,
-    learning_rate=2e-3,
     lr_scheduler_type="constant",
-    warmup_steps=4,
+    warmup_steps=2,
     train_layers=6,
     lora_rank=16,
-    kl_coef=0.02,
     microbatch_tokens=1024,
     num_samples=0,
     save_steps=None,
 )
 GAMES: dict[str, dict[str, Any]] = {
     "cooperative": dict(
-        rounds=26, eval_prompts=64, eval_steps=13, snapshot_steps=13, pool_share=0.0
+        rounds=24, learning_rate=2e-3, kl_coef=0.05, pool_share=0.0, snapshot_steps=24,
+        eval_prompts=96, eval_steps=12,
     ),
-    "competitive": dict(rounds=26, eval_prompts=16, eval_steps=13, snapshot_steps=9),
-}
+    "competitive": dict(
+        rounds=22, learning_rate=1.5e-3, kl_coef=0.1, snapshot_steps=8,
+        eval_prompts=16, eval_steps=11,
+    ),
+}  # fmt: skip
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "cooperative": {
         "pair": dict(matrix_games=0),
@@ -64,13 +66,13 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         "no pool": dict(pool_share=0.0, matrix_games=12),
     },
 }
-EXAM, TOURNAMENT = 64, 16  # sums in the exam; sums of each proposer in the tournament
+EXAM, TOURNAMENT = 48, 16  # sums in the exam; sums of each proposer in the tournament
 
 
 def game_of(kind: str) -> Any:
     from fastrlhf.multi_agent import ProposerSolver, ReferenceGame
 
-    return ReferenceGame() if kind == "cooperative" else ProposerSolver()
+    return ReferenceGame() if kind == "cooperative" else ProposerSolver(largest=9)
 
 
 def run(kind: str, seed: int, quick: bool) -> Rows:

@@ -19,8 +19,8 @@ COLOURS = {
 NAMES = {
     "pair": "both learn",
     "listener alone": "the listener alone learns",
-    "pool": "half against past selves",
-    "no pool": "against the other as it is",
+    "pool": "with past selves",
+    "no pool": "without past selves",
     "untrained": "untrained",
 }
 WINDOW = 4  # rounds over which a training curve is averaged
@@ -31,7 +31,7 @@ def draw() -> None:
     from matplotlib.figure import Figure
 
     rows = read("multi_agent")
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3)
     success(panels[0, 0], rows)
@@ -88,7 +88,7 @@ def success(axes: Any, rows: Sequence[Row]) -> None:
         found = of(rows, "cooperative", "evaluation", arm=arm)
         lines(axes, found, "game/success", arm)
     axes.axhline(1 / 3, color="#8a8a8a", ls="--", lw=1, label="a guess among three words")
-    dress(axes, "Words found that training never shows", "share of dialogues")
+    dress(axes, "Words found: unseen words", "share of dialogues")
     axes.set_xlabel(f"rounds of {batch(rows)} dialogues")
     axes.legend(frameon=False, fontsize=8)
 
@@ -103,7 +103,7 @@ def along(axes: Any, rows: Sequence[Row], game: str, field: str, title: str, uni
 def exam(axes: Any, rows: Sequence[Row]) -> None:
     for arm in arms(rows, "competitive"):
         lines(axes, of(rows, "competitive", "exam", arm=arm), "solved", arm)
-    dress(axes, "The solver's exam: sums that training never shows", "share of tries")
+    dress(axes, "The solver's exam: unseen sums", "share of tries")
     axes.set_xlabel("rounds")
     axes.legend(frameon=False, fontsize=8)
 
@@ -116,7 +116,7 @@ def tournament(axes: Any, rows: Sequence[Row]) -> None:
             axes.bar(place, fmean(by_seed), color=COLOURS[solver], alpha=0.7, width=0.6)
             axes.plot([place] * len(by_seed), by_seed, "o", color="black", ms=4)
     axes.set_xticks(range(3), [NAMES[x] for x in ("untrained", "no pool", "pool")], fontsize=8)
-    dress(axes, "All kept proposers' sums, by solver (dots: seeds)", "share of tries")
+    dress(axes, "Tournament: all proposers' sums", "share of tries")
 
 
 def solved(rows: Sequence[Row], solver: str) -> list[float]:
@@ -132,12 +132,12 @@ def solved(rows: Sequence[Row], solver: str) -> list[float]:
 def matrix(axes: Any, rows: Sequence[Row]) -> None:
     """How far the solver wins, past selves against past selves: means over seeds."""
     found = of(rows, "competitive", "matrix", arm="pool")
-    axes.set_title("How far the solver wins (half against past selves)", loc="left", fontsize=11)
+    axes.set_title("How far the solver wins (with past selves)", loc="left", fontsize=11)
     if not found:
         return
     steps = found[0]["steps"]
     cells = [
-        [1 - fmean(row["rates"][j][i] for row in found) for j in range(len(steps))]
+        [lost_by_proposer([row["rates"][j][i] for row in found]) for j in range(len(steps))]
         for i in range(len(steps))
     ]
     axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=1)
@@ -148,6 +148,12 @@ def matrix(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(steps)), steps)
     axes.set_xlabel("proposer after so many rounds")
     axes.set_ylabel("solver after so many rounds")
+
+
+def lost_by_proposer(rates: Sequence[float | None]) -> float:
+    """The solver's share of a cell, mean over seeds; not a number where no dialogue counts."""
+    counted = [1 - rate for rate in rates if rate is not None]
+    return fmean(counted) if counted else float("nan")
 
 
 def batch(rows: Sequence[Row]) -> int:

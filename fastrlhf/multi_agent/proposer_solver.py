@@ -85,11 +85,11 @@ class ProposerSolver:
         return (31 * low + 17 * high) % self.one_in == 0
 
     def exam(self, count: int, seed: int) -> list[Start]:
-        """Starts with held-out problems for the solver, each problem at most once."""
+        """Starts with held-out problems for the solver; none comes twice before all have come."""
         numbers = range(1, self.largest + 1)
         held = [(a, b) for a in numbers for b in numbers if self.is_held_out((a, b))]
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [{"problem": "{}+{}".format(*held[i])} for i in order[:count]]
+        return [{"problem": "{}+{}".format(*held[order[i % len(held)]])} for i in range(count)]
 
     def deal(self, count: int, generator: Generator, held_out: bool) -> list[Start]:
         """The examples that the proposer sees; held out are those of problems that are."""

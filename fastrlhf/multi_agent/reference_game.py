@@ -41,8 +41,9 @@ WORDS = NOUNS.split()
 """common nouns, each one token of SmolLM2's vocabulary after a space"""
 
 SPEAKER, LISTENER = "speaker", "listener"
-SPEAKER_SEES = "Words: {words}. Hint for {target}:"
-LISTENER_SEES = "Hint:{hint}. Words: {words}. Answer:"
+SPEAKER_SEES = "{words}\nA {target} is a type of"
+LISTENER_SEES = "sun, dog, car; animal = dog\n{words};{hint} ="
+"""one example: without it a small model answers with anything but one of the words"""
 
 
 class ReferenceGame:
@@ -67,7 +68,7 @@ class ReferenceGame:
         words: Sequence[str] = WORDS,
         *,
         candidates: int = 3,
-        hint_tokens: int = 3,
+        hint_tokens: int = 2,
         answer_tokens: int = 1,
         held_out_share: float = 0.25,
         seed: int = 1,

@@ -1,0 +1,94 @@
+"""Past selves are kept, drawn, seated and given back; the matrix is that of who plays."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from signals import Signals, trainer
+
+from fastrlhf.multi_agent.matrix import win_rates
+
+
+def pool(tmp_path, steps, **changes):
+    made = trainer(tmp_path, **changes)
+    for step in steps:
+        for agent in made.game.agents:
+            for p in made.backbone.role_parameters(agent):
+                p.data.fill_(step / 100)
+        made.pool.keep(step)
+    return made
+
+
+@pytest.mark.parametrize(
+    "sampling, expected", [("uniform", [1 / 3] * 3), ("recent", [1 / 7, 2 / 7, 4 / 7])]
+)
+def test_past_selves_are_drawn_as_asked(tmp_path, sampling, expected):
+    made = pool(tmp_path, [0, 2, 4, 6], pool_size=3, pool_sampling=sampling)
+    assert made.pool.steps == [2, 4, 6]
+    generator = torch.Generator().manual_seed(0)
+    counts = Counter(made.pool.draw(generator) for _ in range(2000))
+    for step, share in zip((2, 4, 6), expected, strict=True):
+        assert counts[step] / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_a_share_of_the_dialogues_is_against_past_selves(tmp_path):
+    made = pool(tmp_path, [0, 2], pool_share=0.5)
+    seats = made.pool.seats(16, ["speaker", "listener"], torch.Generator().manual_seed(0))
+    assert seats[:8] == [{}] * 8
+    assert [list(seat) for seat in seats[8:]] == [["listener"], ["speaker"]] * 4
+    played = made.players.play(made.game.deal(16, made.dealer, False), made.generator, seats)
+    # Eight dialogues among selves of now, and four in which the other is a past self.
+    for agent in made.game.agents:
+        turns, _ = played.turns_of(agent)
+        assert len(turns.tokens) == 12
+    past = {(s.agent, s.past) for s in played.spoken if s.past is not None}
+    assert past == {("listener", seats[8]["listener"]), ("speaker", seats[9]["speaker"])}
+
+
+def test_a_past_self_speaks_with_its_own_weights_and_leaves(tmp_path):
+    made = pool(tmp_path, [0, 2])
+    parameters = made.backbone.role_parameters("speaker")
+    with made.pool.playing("speaker", 0):
+        assert all((p == 0).all() for p in parameters)
+    with pytest.raises(RuntimeError), made.pool.playing("speaker", 0):
+        raise RuntimeError
+    assert all((p == 0.02).all() for p in parameters)
+    said = {}
+    for step in (0, None):
+        generator = torch.Generator().manual_seed(3)
+        seats = [{} if step is None else {"speaker": step}] * 16
+        starts = made.game.deal(16, made.dealer, False)
+        said[step] = made.players.play(starts, generator, seats).dialogues
+    with made.pool.playing("speaker", 0):
+        generator = torch.Generator().manual_seed(3)
+        again = made.players.play(starts, generator).dialogues
+    assert again == said[0]
+
+
+def test_the_matrix_is_that_of_who_plays(tmp_path):
+    """What an agent says is told by its snapshot's number, so every cell is known."""
+
+    @dataclass(frozen=True)
+    class Higher(Signals):
+        def won(self, dialogue, agent):
+            if dialogue.turns[0].text == "none":
+                return None
+            own, other = (int(turn.text) for turn in dialogue.turns)
+            return 0.5 if own == other else float((own > other) == (agent == "speaker"))
+
+    made = pool(tmp_path, [0, 2, 4], game=Higher())
+    speak = made.players.speak
+
+    def numbered(agent, past, number, prompts, generator):
+        rollout = speak(agent, past, number, prompts, generator)
+        text = "none" if (agent, past) == ("speaker", 4) else str(past)
+        return replace(rollout, completions=[text] * len(prompts))
+
+    made.players.speak = numbered
+    found = win_rates(made.players, "speaker", 3, seed=1)
+    assert found.rates == [[0.5, 0.0, 0.0], [1.0, 0.5, 0.0], [None, None, None]]
+    assert (found.agent, found.against, found.steps) == ("speaker", ["listener"], [0, 2, 4])
+    assert found.mean(1) == 0.5
+    found = win_rates(made.players, "listener", 3, seed=1)
+    assert found.rates == [[0.5, 0.0, None], [1.0, 0.5, None], [1.0, 1.0, None]]
