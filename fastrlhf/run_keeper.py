@@ -135,13 +135,19 @@ class RunKeeper:
         with suppress(UserError):
             self.moment = self.checkpoints.moment(number)
 
-    def evaluated(self, result: Evaluation, step: int) -> None:
-        """The policy after ``step`` rollouts was judged on the held-out prompts."""
+    def heed_signal(self, step: int) -> None:
+        """Leave if a signal came in the last evaluation, of which nothing is kept yet.
+
+        Whoever resumes does it again.
+        """
         if self.is_trained and self.stop.signal is not None:
-            # Nothing of the evaluation is kept: whoever resumes does it again.
             if self.saved != step:
                 self.save(step)
             self.leave(step)
+
+    def evaluated(self, result: Evaluation, step: int) -> None:
+        """The policy after ``step`` rollouts was judged on the held-out prompts."""
+        self.heed_signal(step)
         figures = {k: getattr(result, k) for k in ("score", "kl", "entropy", "distinct_2")}
         self.folder.append("evaluations.jsonl", {"step": step} | figures)
         self.callbacks("on_evaluate", metrics=figures)

@@ -183,7 +183,8 @@ class MultiAgentTrainer:
             if not done:
                 self.pool.keep(0)
                 self.evaluate("before training", 0)
-            for number in range(done + 1, config.steps + 1):
+            over = self.keeper.end.reason is not None
+            for number in range(done + 1, done if over else config.steps + 1):
                 self.callbacks.step_begin(number)
                 line = self.round(number)
                 self.folder.write_metrics(line)
@@ -200,6 +201,7 @@ class MultiAgentTrainer:
                 if ends:
                     break
             self.pool.keep(number)
+            self.keeper.training_done(number)
             after = self.evaluate("after training", number)
             matrices = self.matrices()
             self.callbacks("on_train_end")
@@ -235,15 +237,12 @@ class MultiAgentTrainer:
 
     def ends(self, line: Mapping[str, Any]) -> bool:
         """Whether the run is to end after the round with the metrics ``line``."""
-        limit = self.config.kl_limit
-        for agent, learner in self.agents.items():
-            kl = line.get(f"{agent}/objective/kl")
-            if limit is not None and kl is not None and kl > limit:
-                self.display.say(f"stopped: the KL of {agent} exceeds kl_limit ({limit})")
-                return True
-            if learner.monitor.stops:
-                return True
-        return self.callbacks.control.should_training_stop
+        kls = [line.get(f"{agent}/objective/kl", 0.0) for agent in self.agents]
+        return self.keeper.end.decide(
+            {"objective/kl": max(kls, default=0.0)},
+            callback=self.callbacks.control.should_training_stop,
+            monitor=any(learner.monitor.stops for learner in self.agents.values()),
+        )
 
     def round_figures(self, played: Played) -> dict[str, float]:
         """How the dialogues went: among agents as they are, and of each against past selves."""
@@ -274,6 +273,7 @@ class MultiAgentTrainer:
         score = fmean(
             [figures[f"{a}/reward"] for a in self.learners if f"{a}/reward" in figures] or [0.0]
         )
+        self.keeper.heed_signal(step)
         self.folder.append("evaluations.jsonl", {"step": step, "score": score} | figures)
         self.callbacks("on_evaluate", metrics=figures)
         for row in rows:
