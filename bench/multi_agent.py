@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 GAMES: dict[str, dict[str, Any]] = {
     "cooperative": dict(
-        rounds=24, learning_rate=2e-3, kl_coef=0.05, pool_share=0.0, snapshot_steps=24,
+        rounds=24, learning_rate=1e-3, kl_coef=0.1, pool_share=0.0, snapshot_steps=24,
         eval_prompts=96, eval_steps=12,
     ),
     "competitive": dict(
