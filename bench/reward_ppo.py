@@ -33,7 +33,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import RESULTS, ROOT, read, stamp
+from results import NOT_MEASURED, RESULTS, ROOT, read, stamp
 
 Row = dict[str, Any]
 SETTINGS: dict[str, Any] = dict(
@@ -173,12 +173,14 @@ def draw() -> None:
     figure.suptitle("PPO against a reward model, on held-out prompts (thin: seeds, thick: means)")
     figure.savefig(ROOT / "docs" / "reward_ppo.png", dpi=100)
     page = ROOT / "docs" / "reward_hacking.md"
-    page.write_text(with_tables(page.read_text(), {"reward_ppo": table}))
+    page.write_text(with_tables(page.read_text(), TABLES))
 
 
 def table() -> str:
     """A line for each run: every judge before and after, and what the monitor said first."""
     rows = read("reward_ppo")
+    if not rows:
+        return NOT_MEASURED
     lines = [
         "| arm | seed | reward model | VADER | MiniLM | KL | distinct-2 | signs, first at |",
         "|---|---|---|---|---|---|---|---|",
@@ -200,6 +202,9 @@ def table() -> str:
         f"{told['device']}, torch {told['torch']}.",
     ]
     return "\n".join(lines)
+
+
+TABLES = {"reward_ppo": table}
 
 
 def options() -> argparse.Namespace:
