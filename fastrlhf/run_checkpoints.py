@@ -209,7 +209,7 @@ def resume_command(config: PPOConfig, path: Path) -> str:
     """What goes on with a run, on the command line; in Python where no verb trains so."""
     verb = next((verb for verb, kind in CONFIGS.items() if kind is type(config)), None)
     if verb is None:
-        return f"the same trainer's train(resume_from_checkpoint={str(path)!r})"
+        return f"train(resume_from_checkpoint={str(path)!r})"
     return f"fastrlhf {verb} --resume {path}"
 
 

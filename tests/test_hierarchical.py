@@ -144,7 +144,7 @@ def test_a_signal_is_told_how_to_go_on_in_python(tmp_path):
     made = trainer(tmp_path)
     made.folder.make()
     made.keeper.checkpoints.save(1)
-    assert "the same trainer's train(resume_from_checkpoint=" in made.keeper.checkpoints.told()
+    assert "train(resume_from_checkpoint=" in made.keeper.checkpoints.told()
 
 
 def test_its_run_is_exported_and_not_judged_without_modes(tmp_path, capsys):
