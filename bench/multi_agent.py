@@ -32,7 +32,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import RESULTS, read, stamp
+from results import as_lines, keep, stamp
 
 Rows = list[dict[str, Any]]
 SETTINGS: dict[str, Any] = dict(
@@ -189,19 +189,6 @@ def one(kind: str, seed: int, quick: bool) -> Rows:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def keep(rows: Rows) -> None:
-    """Put a seed's rows of a game into the results."""
-    own = rows[0]["game"], rows[0]["seed"]
-    others = [row for row in read("multi_agent") if (row["game"], row["seed"]) != own]
-    path = RESULTS / "multi_agent.jsonl"
-    path.with_suffix(".part").write_text(as_lines([*others, *rows]))
-    path.with_suffix(".part").replace(path)
-
-
-def as_lines(rows: Rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def told(rows: Rows) -> str:
     """A seed's end, to read while the next one runs."""
     lines = []
@@ -241,7 +228,7 @@ def main() -> None:
             if given.print or given.quick:
                 print(as_lines(rows), end="")
             else:
-                keep(rows)
+                keep("multi_agent", rows, ("game", "seed"))
         if given.print or given.quick:
             return
     from multi_agent_figure import draw

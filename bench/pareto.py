@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import NOT_MEASURED, RESULTS, ROOT, read, stamp, with_tables
+from results import NOT_MEASURED, ROOT, keep, read, stamp, with_tables
 
 SENTIMENT, BREVITY = "sentiment", "length_band(2, 4)"
 NAMES = {SENTIMENT: "sentiment", BREVITY: "brevity"}
@@ -57,14 +57,6 @@ def run(seed: int, points: int, settings: Sequence[str]) -> list[Row]:
         row |= {"prompts": front["prompts"], "seconds": round(front["seconds"], 1)}
         rows.append(row | {"settings": list(settings)} | begun)
     return rows
-
-
-def keep(rows: list[Row]) -> None:
-    others = [row for row in read("pareto") if row["seed"] != rows[0]["seed"]]
-    path = RESULTS / "pareto.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in [*others, *rows])
-    path.with_suffix(".part").write_text(text)
-    path.with_suffix(".part").replace(path)
 
 
 def by_point(rows: Sequence[Row]) -> list[list[Row]]:
@@ -181,7 +173,7 @@ def main() -> None:
             if given.print or given.quick:
                 print("".join(json.dumps(row) + "\n" for row in rows), end="")
             else:
-                keep(rows)
+                keep("pareto", rows, ("seed",))
     if not (given.print or given.quick):
         draw()
 

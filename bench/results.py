@@ -12,7 +12,7 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,26 @@ GROUP = ("op", "mode", "variant", "shape", "dtype", "N")
 """the fields that rows measured in turns with each other share"""
 
 
-def merge(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add a group's rows to a file in place of those it had; no interruption leaves half a file."""
-    group = {tuple(row[field] for field in GROUP) for row in rows}
-    kept = read_path(path)
-    kept = [row for row in kept if tuple(row[field] for field in GROUP) not in group]
+def merge(path: Path, rows: list[dict[str, Any]], fields: Sequence[str] = GROUP) -> None:
+    """Add rows to a file in place of those with the same ``fields``.
+
+    No interruption leaves half a file.
+    """
+    new = {tuple(row[field] for field in fields) for row in rows}
+    kept = [row for row in read_path(path) if tuple(row[field] for field in fields) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
+    partial.write_text(as_lines([*kept, *rows]))
     partial.replace(path)
+
+
+def keep(name: str, rows: list[dict[str, Any]], fields: Sequence[str]) -> None:
+    """`merge` into ``bench/results/<name>.jsonl``."""
+    merge(RESULTS / f"{name}.jsonl", rows, fields)
+
+
+def as_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def report(rows: list[dict[str, Any]], skipped: dict[str, str]) -> list[str]:

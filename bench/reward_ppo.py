@@ -26,14 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from results import NOT_MEASURED, RESULTS, ROOT, read, stamp
+from results import NOT_MEASURED, ROOT, as_lines, keep, read, stamp
 
 Row = dict[str, Any]
 SETTINGS: dict[str, Any] = dict(
@@ -122,18 +121,6 @@ def judged(rows: list[Row]) -> list[Row]:
             row["minilm_accuracy"] = round(judge().accuracy, 4)
     shown = [sample for samples in by_step.values() for sample in samples[:SHOWN]]
     return [row for row in rows if row["kind"] != "sample"] + shown
-
-
-def keep(rows: list[Row]) -> None:
-    own = rows[0]["arm"], rows[0]["seed"]
-    others = [row for row in read("reward_ppo") if (row["arm"], row["seed"]) != own]
-    path = RESULTS / "reward_ppo.jsonl"
-    path.with_suffix(".part").write_text(as_lines([*others, *rows]))
-    path.with_suffix(".part").replace(path)
-
-
-def as_lines(rows: Sequence[Row]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 PANELS = (
@@ -234,7 +221,7 @@ def main() -> None:
                 rows = judged(made)
                 print(as_lines(rows), end="", flush=True)
                 if not given.print:
-                    keep(rows)
+                    keep("reward_ppo", rows, ("arm", "seed"))
         if given.print:
             return
     draw()

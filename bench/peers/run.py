@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import torch
 from environments import TRL_PPO, fastrlhf_python, trl_ppo_python
 from measure import percentile
-from results import RESULTS, read, stamp
+from results import keep, stamp
 from turns import Side
 from workload import SHAPE, VOCABULARY, Workload, make_model, matrix_work
 
@@ -169,16 +169,6 @@ def curve_row(workload: Workload, side: str, steps: list[Mapping[str, Any]]) -> 
     }
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of those of the same key."""
-    new = {tuple(row[x] for x in KEY) for row in rows}
-    kept = [row for row in read("peers") if tuple(row[x] for x in KEY) not in new]
-    versions = {"trl": f"{importlib.metadata.version('trl')}, {TRL_PPO}"}
-    lines = [json.dumps(row) + "\n" for row in [*kept, *(stamp() | versions | r for r in rows)]]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "peers.jsonl").write_text("".join(lines))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--part", choices=("speed", "curves"))
@@ -203,7 +193,8 @@ def main() -> None:
                         rows = run_case(part, workload, Path(folder), cache)
                         print("\n".join(json.dumps(row) for row in rows), flush=True)
                         if not (given.quick or given.only_print):
-                            keep(rows)
+                            versions = {"trl": f"{importlib.metadata.version('trl')}, {TRL_PPO}"}
+                            keep("peers", [stamp() | versions | row for row in rows], KEY)
 
 
 if __name__ == "__main__":
