@@ -63,18 +63,39 @@ def speed_line(row: Row, peer: Row) -> str:
 
 
 def curve_lines(rows: Sequence[Row]) -> list[str]:
+    seeds, steps = {row["seed"] for row in rows}, {len(row["scores"]) for row in rows}
     lines = [
-        f"| | reward, first step | mean of the last {LAST} of equal steps, seeds | deviation |",
-        "|---|---|---|---|",
+        f"| | reward, first step | mean of all {max(steps)} steps | last {LAST} steps "
+        "| mean of all, ours less TRL's ± standard error |",
+        "|---|---|---|---|---|",
     ]
     for group in grouped(rows):
-        for side in dict.fromkeys(row["side"] for row in group):
+        sides = list(dict.fromkeys(row["side"] for row in group))
+        peer = next(side for side in sides if not side.startswith(OURS))
+        for side in sides:
             own = [row for row in group if row["side"] == side]
-            ends = [statistics.mean(row["scores"][-LAST:]) for row in own]
-            first = statistics.mean(row["scores"][0] for row in own)
-            spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
-            lines.append(
-                f"| {name(own[0])} | {first:.3f} | {statistics.mean(ends):.3f} "
-                f"({', '.join(f'{x:.3f}' for x in ends)}) | {spread} |"
+            means = (
+                statistics.mean(statistics.mean(row["scores"][part]) for row in own)
+                for part in (slice(1), slice(None), slice(-LAST, None))
             )
-    return lines
+            shown = " | ".join(f"{mean:.3f}" for mean in means)
+            apart = "" if side == peer else difference(group, side, peer)
+            lines.append(f"| {name(own[0])} | {shown} | {apart} |")
+    return [
+        *lines,
+        "",
+        f"Means of {len(seeds)} seeds. A difference below two standard errors is noise.",
+    ]
+
+
+def difference(rows: Sequence[Row], side: str, peer: str) -> str:
+    """How far the mean of a seed's whole curve is from the peer's, over seeds."""
+    own, other = (
+        [statistics.mean(row["scores"]) for row in rows if row["side"] == which]
+        for which in (side, peer)
+    )
+    apart = statistics.mean(own) - statistics.mean(other)
+    if min(len(own), len(other)) < 2:
+        return f"{apart:+.3f}"
+    error = sum(statistics.variance(x) / len(x) for x in (own, other)) ** 0.5
+    return f"{apart:+.3f} ± {error:.3f}"

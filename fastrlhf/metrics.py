@@ -134,6 +134,8 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line of JSON to the file ``name``; a crash later leaves it whole."""
+        # Who calls a trainer's `step` from a loop of his own has begun no run.
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -53,6 +53,12 @@ def test_metrics_are_whole_lines(tmp_path):
     assert folder.read_metrics()[1]["text"] == "π"
 
 
+def test_a_line_makes_the_folder_of_a_run_that_was_not_begun(tmp_path):
+    # `for number, prompts in enumerate(trainer.batches()): trainer.step(number, prompts)`
+    RunFolder(tmp_path / "runs/mine", "mine").append("findings.jsonl", {"sign": "length"})
+    assert json.loads((tmp_path / "runs/mine/findings.jsonl").read_text()) == {"sign": "length"}
+
+
 def test_phases_add_up():
     seen = []
     timer = PhaseTimer(seen.append)

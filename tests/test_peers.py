@@ -1,5 +1,6 @@
 """The comparison with TRL: what the sides are given, their turns, and what is made of the rows."""
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -103,8 +104,15 @@ def test_the_table_holds_each_side_against_trl(monkeypatch):
     rows = [
         run.speed_row(given, "fastrlhf", [step(9.0), step(2.0, peak=150.0)]),
         run.speed_row(given, "TRL 1.10", [step(9.0), step(8.0, peak=600.0)]),
-        run.curve_row(given, "fastrlhf", [step(1.0, 0.25), step(1.0, 0.5), step(1.0, 0.75)]),
     ]
+    for side, seed, scores in (
+        ("fastrlhf", 1, (0.25, 0.5, 0.75)),
+        ("fastrlhf", 2, (0.25, 0.5, 0.15)),
+        ("TRL 1.10", 1, (0.2, 0.2, 0.2)),
+        ("TRL 1.10", 2, (0.4, 0.4, 0.4)),
+    ):
+        own = dataclasses.replace(given, seed=seed)
+        rows.append(run.curve_row(own, side, [step(1.0, score) for score in scores]))
     monkeypatch.setattr(peers_table, "read", lambda name: [machine | row for row in rows])
     made = peers_table.table()
     assert (
@@ -112,6 +120,9 @@ def test_the_table_holds_each_side_against_trl(monkeypatch):
         in made
     )
     assert "| PPO, all weights: TRL 1.10 | 4.00 | 1.0 |" in made
-    assert "| PPO, all weights: fastrlhf | 0.250 | 0.625 (0.625) |  |" in made
+    # By seed the means are 0.5 and 0.3, and 0.2 and 0.4: the same variance, 0.02.
+    assert "| PPO, all weights: fastrlhf | 0.250 | 0.400 | 0.475 | +0.100 ± 0.141 |" in made
+    assert "| PPO, all weights: TRL 1.10 | 0.300 | 0.300 | 0.300 |  |" in made
+    assert "Means of 2 seeds." in made
     monkeypatch.setattr(peers_table, "read", lambda name: [])
     assert peers_table.table() == "Not measured yet."

@@ -7,7 +7,8 @@ workload.py, and each side's settings stand at the top of its file. Two parts:
   second by the median step, seconds of each phase, and the process's peak memory (VmHWM).
   Beside them stands the floor: the time that the step's matrix products alone would take at the
   rate of one product of the head's shape, measured after each turn.
-- curves: 32 responses of 16 tokens, several steps, three seeds; the reward of every step.
+- curves: 32 responses of 16 tokens, eight steps, eight seeds; the reward of every step. A step's
+  mean reward swings by 0.1 with its four prompts (GRPO), so fewer seeds say nothing.
 
     python bench/peers/run.py                  both, replaces rows of bench/results/peers.jsonl
     python bench/peers/run.py --part speed     one of them
@@ -40,7 +41,8 @@ from turns import Side
 from workload import SHAPE, VOCABULARY, Workload, make_model, matrix_work
 
 HERE = Path(__file__).parent
-SEEDS = (1, 2, 3)
+SEEDS = range(1, 9)
+CURVE_STEPS = 8
 FLOOR = "matrix products alone"
 KEY = ("part", "algorithm", "weights", "side", "seed")
 """what tells rows apart"""
@@ -52,8 +54,9 @@ def workloads(part: str, algorithm: str, weights: str, quick: bool) -> list[Work
     if part == "speed":
         steps = 2 if quick else 4 if algorithm == "ppo" else 6
         return [Workload(algorithm, lora, steps, learning_rate=rate)]
+    steps = 3 if quick else CURVE_STEPS
     return [
-        Workload(algorithm, lora, 3 if quick else 6, seed, response_tokens=16, learning_rate=rate)
+        Workload(algorithm, lora, steps, seed, response_tokens=16, learning_rate=rate)
         for seed in SEEDS[: 1 if quick else None]
     ]
 
