@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from .config import PPOConfig
 
-__all__ = ["CONFIGS", "A2CConfig", "GRPOConfig", "RLOOConfig", "ReinforceConfig", "kind_of"]
+__all__ = [
+    "CONFIGS",
+    "A2CConfig",
+    "GRPOConfig",
+    "RLOOConfig",
+    "ReinforceConfig",
+    "kind_of",
+    "kind_of_run",
+]
 
 
 @dataclass(frozen=True)
@@ -58,3 +67,20 @@ CONFIGS: dict[str, type[PPOConfig]] = {
 def kind_of(algorithm: Any) -> type[PPOConfig]:
     """The configuration that has ``algorithm``, else PPO's, which then says what is wrong."""
     return next((kind for kind in CONFIGS.values() if algorithm in kind.family), PPOConfig)
+
+
+def kind_of_run(settings: Mapping[str, Any]) -> type[PPOConfig]:
+    """The configuration that a run's ``settings`` are of, whichever trainer wrote them."""
+    if "modes" in settings:
+        from .hierarchical_config import HierarchicalConfig
+
+        return HierarchicalConfig
+    if "meta_steps" in settings:
+        from .meta_config import MetaConfig
+
+        return MetaConfig
+    if "pool_share" in settings:
+        from .multi_agent.config import MultiAgentConfig
+
+        return MultiAgentConfig
+    return kind_of(settings.get("algorithm"))

@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 from .checkpoint import ADAPTER, OWN, in_place
 from .config import PPOConfig, from_mapping
-from .configs import kind_of
+from .configs import kind_of_run
 from .errors import UserError
-from .hierarchical_config import HierarchicalConfig
 from .kept_settings import parse
+from .multi_agent.config import MultiAgentConfig
 from .pretrained import find_pretrained
 from .run_checkpoints import numbered
 from .run_state import MANIFEST, read_whole
@@ -34,7 +34,8 @@ def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
     """Write the policy of ``run`` to the new folder ``output``, with its tokenizer.
 
     Args:
-        checkpoint: the name of one in the run's folder. None: `final`, else the newest.
+        checkpoint: the name of one in the run's folder. None: `final`, else the newest. Of a run
+            of agents it names one of them too: `final/speaker`.
 
     Raises:
         UserError: no run, no such checkpoint, or a folder that is there already.
@@ -44,7 +45,7 @@ def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is there already; give another --output")
     config = config_of(run)
-    folder = chosen(run / "checkpoints", checkpoint)
+    folder = chosen(run / "checkpoints", checkpoint, isinstance(config, MultiAgentConfig))
     if (folder / MANIFEST).exists():
         read_whole(folder)
     found = find_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -82,18 +83,22 @@ NOT_THE_MODEL = (
 def config_of(run: Path) -> PPOConfig:
     path = run / "config.yaml"
     settings = parse(path.read_text(encoding="utf-8"), str(path))
-    if "modes" in settings:
-        return from_mapping(settings, HierarchicalConfig)
-    return from_mapping(settings, kind_of(settings.get("algorithm")))
+    return from_mapping(settings, kind_of_run(settings))
 
 
-def chosen(checkpoints: Path, name: str | None) -> Path:
+def chosen(checkpoints: Path, name: str | None, of_agents: bool) -> Path:
     there = [p.name for p in numbered(checkpoints)]
     others = [n for n in ("final", "best", "interrupted") if (checkpoints / n).is_dir()]
     if name is None:
         name = "final" if "final" in others else next(iter(there), None)
-    if name is None or name not in (*there, *others):
-        have = ", ".join([*others, *there]) or "none"
+    names = [*others, *there]
+    # In a run of agents each has a folder of its own; the policy beside them has learnt nothing.
+    found = [(n, p.parent.name) for n in names for p in checkpoints.glob(f"{n}/*/{ADAPTER}")]
+    agents = [f"{n}/{agent}" for n, agent in found] if of_agents else []
+    if name in names and (own := sorted(a for a in agents if a.startswith(f"{name}/"))):
+        raise UserError(f"{checkpoints / name} holds agents; give --checkpoint {' or '.join(own)}")
+    if name is None or name not in (*names, *agents):
+        have = ", ".join(names) or "none"
         raise UserError(f"{checkpoints} has no {name or 'checkpoint'}; it has: {have}")
     return checkpoints / name
 

@@ -93,11 +93,18 @@ def refuse_reward_run(path: Path) -> None:
 def refuse_other_runs(path: Path) -> None:
     """Raise UserError for a run whose policy does not answer a prompt as it stands."""
     refuse_reward_run(path)
-    if "modes" in read_settings(path / "config.yaml"):
-        raise UserError(
-            f"the run in {path} picks a mode for every prompt before it answers; its held-out "
-            "scores are in evaluations.jsonl, and what it said in samples.jsonl"
-        )
+    settings = read_settings(path / "config.yaml")
+    reasons = {
+        "modes": "picks a mode for every prompt before it answers; its held-out scores are in "
+        "evaluations.jsonl, and what it said in samples.jsonl",
+        "meta_steps": "trained what other runs begin from; train with "
+        f"adapter={path / 'checkpoints/final'} and give that run, or see curves.jsonl",
+        "pool_share": "trained agents, which answer each other; how they do on held-out starts is "
+        "in evaluations.jsonl, and what they said in samples.jsonl",
+    }
+    for name, reason in reasons.items():
+        if name in settings:
+            raise UserError(f"the run in {path} {reason}")
 
 
 def read_json_lines(path: Path) -> Lines:

@@ -1,12 +1,15 @@
 """An exported run is a plain model that answers as the policy that was trained."""
 
+from dataclasses import replace
+
 import pytest
+import signals
 import tiny
 import torch
 from test_resume import RUN, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastrlhf import UserError
+from fastrlhf import MultiAgentTrainer, UserError
 from fastrlhf.cli import main
 from fastrlhf.export import export_run
 
@@ -60,3 +63,25 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(UserError, match="there already"):
         export_run(tmp_path / "run", tmp_path / "taken")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_agent_is_exported_by_its_name(tmp_path, capsys):
+    tiny.folder(tmp_path / "model")
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = replace(
+        signals.FAST, model=str(tmp_path / "model"), output_dir=str(run), total_episodes=32
+    )
+    made = MultiAgentTrainer(None, signals.Signals(), config)
+    made.train()
+    with pytest.raises(UserError, match="give --checkpoint final/listener or final/speaker"):
+        export_run(run, out)
+    export_run(run, out, "final/speaker")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    with torch.no_grad():
+        got = model(input_ids=TOKENS).logits
+    with made.backbone.policy_is("speaker"):
+        torch.testing.assert_close(got, policy_logits(made.backbone), rtol=0, atol=1e-4)
+    with made.backbone.policy_is("listener"):
+        assert (got - policy_logits(made.backbone)).abs().max() > 1e-3
+    assert main(["eval", str(run)]) == 2
+    assert "trained agents, which answer each other" in capsys.readouterr().err

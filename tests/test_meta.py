@@ -10,6 +10,8 @@ from test_resume import Stop, kept
 
 from fastrlhf import MetaConfig, MetaTrainer, PPOConfig, PPOTrainer, SelfCheckError, UserError
 from fastrlhf.backbone import LoraSettings, SharedBackbone
+from fastrlhf.cli import main
+from fastrlhf.export import export_run
 from fastrlhf.meta_tasks import deal
 from fastrlhf.optim import make_optimizer, make_schedule
 from fastrlhf.rewards.functions import RewardScorer
@@ -204,6 +206,15 @@ def test_any_run_starts_from_the_initialisation(tmp_path):
     # There, the reference is the initialisation itself.
     assert later.backbone.roles["reference"] == ("reference",)
     assert later.evaluate("before", step=0).kl == 0
+
+
+def test_its_run_is_exported_and_not_judged(tmp_path, capsys):
+    make(tmp_path, meta_steps=1).train()
+    export_run(tmp_path / "run", tmp_path / "plain")
+    assert (tmp_path / "plain/model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "trained what other runs begin from" in capsys.readouterr().err
 
 
 def broken_for(trainer, *names):
