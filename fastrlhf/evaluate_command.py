@@ -31,7 +31,7 @@ from .out_of_memory import MicrobatchBudget
 from .pretrained import Pretrained, context_length, find_pretrained
 from .rewards.functions import RewardScorer
 from .rollout.engines import make_engine
-from .run_files import is_run, refuse_other_runs
+from .run_files import is_run, read_given, refuse_other_runs
 from .run_policy import find_checkpoint, load_policy
 from .text_figures import distinct
 
@@ -111,19 +111,13 @@ def judges(asked: Asked, config: PPOConfig) -> dict[str, RewardScorer]:
     return {name: RewardScorer(name, config) for name in asked.rewards or own}
 
 
-def given_of(policy: str) -> dict[str, Any]:
-    """What a run was given in place of settings (`metrics.RunFolder.note_given`)."""
-    path = Path(policy) / "given.json"
-    return json.loads(path.read_text()) if is_run(policy) and path.is_file() else {}
-
-
 def with_given(asked: Asked, config: PPOConfig) -> tuple[Asked, PPOConfig]:
     """The same, with what the run was given from Python in place of its settings.
 
     Raises:
         UserError: something that has no name, and nothing is asked for in its place.
     """
-    given = given_of(asked.policy)
+    given = read_given(asked.policy)
     model, train, held_out, reward = (
         given.get(name) for name in ("model", "train_dataset", "eval_dataset", "reward")
     )
@@ -199,7 +193,7 @@ def chosen_prompts(
         context=context_length(source.config),
         response_length=config.response_length,
     )
-    given = given_of(asked.policy)
+    given = read_given(asked.policy)
     own = is_run(asked.policy) and asked.dataset in (None, config.dataset)
     # Training held none of these prompts out: it had others.
     own = own and given.get("eval_dataset") is None and given.get("train_dataset") is not True

@@ -92,7 +92,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
 def heading(run: RunRecord) -> str:
     settings = run.settings
-    told = [str(settings[k]) for k in ("algorithm", "model", "dataset", "reward") if k in settings]
+    # What came from Python was trained on, and not what the settings name.
+    data, ours = run.given.get("train_dataset"), "a {} given from Python"
+    given = {"model": run.given.get("model"), "dataset": data, "reward": run.given.get("reward")}
+    named = {k: ours.format(k) if x is True else x for k, x in given.items() if x is not None}
+    names = settings | named
+    told = [str(names[k]) for k in ("algorithm", "model", "dataset", "reward") if k in names]
+    told = list(dict.fromkeys(told))
     last = run.metrics[-1]
     planned = settings.get("total_episodes")
     of = f" of {planned}" if planned else ""

@@ -15,7 +15,14 @@ import yaml
 
 from .errors import UserError
 
-__all__ = ["RunRecord", "is_run", "read_json_lines", "read_run", "refuse_other_runs"]
+__all__ = [
+    "RunRecord",
+    "is_run",
+    "read_given",
+    "read_json_lines",
+    "read_run",
+    "refuse_other_runs",
+]
 
 METRICS = "metrics.jsonl"
 Lines = list[dict[str, Any]]
@@ -31,6 +38,7 @@ class RunRecord:
     samples: Lines  # of those evaluations: step, prompt, completion, score
     findings: Lines  # the hacking monitor's: step, finding, example
     settings: dict[str, Any]
+    given: dict[str, Any]  # in place of settings, from Python
     summary: dict[str, Any] | None  # None: the run has not ended
 
     @property
@@ -49,6 +57,12 @@ class RunRecord:
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is a folder that a run writes to."""
     return (Path(path) / METRICS).is_file()
+
+
+def read_given(path: str | Path) -> dict[str, Any]:
+    """What the run in ``path`` was given in place of settings (`metrics.RunFolder.note_given`)."""
+    file = Path(path) / "given.json"
+    return json.loads(file.read_text()) if is_run(path) and file.is_file() else {}
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -77,6 +91,7 @@ def read_run(path: str | Path) -> RunRecord:
         read_json_lines(path / "samples.jsonl"),
         read_json_lines(path / "findings.jsonl"),
         read_settings(path / "config.yaml"),
+        read_given(path),
         summary[-1] if summary else None,
     )
 

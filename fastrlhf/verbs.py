@@ -61,7 +61,7 @@ class Verb:
         )
 
 
-RECIPE = option("--config", "sentiment, or a .yaml file", metavar="RECIPE")
+RECIPE = option("--config", "sentiment, pareto, or a .yaml file", metavar="RECIPE")
 BUDGET = (
     option("--gpu", "the memory of the GPU to fit", metavar="16GB"),
     option("--memory", "the same without a GPU", metavar="8GB"),

@@ -80,6 +80,18 @@ def test_texts_are_escaped(tmp_path):
     assert "n/a" in found.text and "Step 2" in found.text
 
 
+def test_what_came_from_python_is_not_what_the_settings_name(tmp_path):
+    folder = make_run(tmp_path / "mine", 2)
+    settings = {"algorithm": "ppo", "model": "some-model", "dataset": "movies", "reward": "mine"}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    heading = "ppo · some-model · movies · mine · 2 steps"
+    assert heading in written(folder).text
+    given = {"model": None, "train_dataset": True, "eval_dataset": None, "reward": "sentiment"}
+    (folder / "given.json").write_text(json.dumps(given))
+    heading = "ppo · some-model · a dataset given from Python · sentiment · 2 steps"
+    assert heading in written(folder).text
+
+
 def test_the_first_the_middle_and_the_last_answer(tmp_path):
     folder = make_run(tmp_path / "mine", 9)
     lines = [

@@ -89,7 +89,7 @@ class MultiAgentTrainer:
         self.display = Display(config.steps)
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
-        self.folder.note_given(model, None, None, None)
+        self.folder.note_given(model, self.game.name, None, self.game.name)
         trackers = make_trackers(config, self.folder.path, name)
         with self.timer("load"):
             source, tokenizer = find_model(model or config.model, processing_class, config)
