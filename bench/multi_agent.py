@@ -48,8 +48,8 @@ SETTINGS: dict[str, Any] = dict(
 )
 GAMES: dict[str, dict[str, Any]] = {
     "cooperative": dict(
-        rounds=24, learning_rate=1e-3, kl_coef=0.1, pool_share=0.0, snapshot_steps=24,
-        eval_prompts=96, eval_steps=12,
+        rounds=40, batch_size=48, learning_rate=2e-3, kl_coef=0.03, pool_share=0.0,
+        snapshot_steps=40, eval_prompts=256, eval_steps=20,
     ),
     "competitive": dict(
         rounds=22, learning_rate=1.5e-3, kl_coef=0.1, snapshot_steps=8,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from multi_agent import GAMES
+from multi_agent import GAMES, SETTINGS
 from results import NOT_MEASURED, ROOT, read, with_tables
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ def success(axes: Any, rows: Sequence[Row]) -> None:
         lines(axes, found, "game/success", arm)
     axes.axhline(1 / 3, color="#8a8a8a", ls="--", lw=1, label="a guess among three words")
     dress(axes, "Words found: unseen words", "share of dialogues")
-    axes.set_xlabel(f"rounds of {batch(rows)} dialogues")
+    axes.set_xlabel(f"rounds of {(SETTINGS | GAMES['cooperative'])['batch_size']} dialogues")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -156,12 +156,6 @@ def lost_by_proposer(rates: Sequence[float | None]) -> float:
     return fmean(counted) if counted else float("nan")
 
 
-def batch(rows: Sequence[Row]) -> int:
-    from multi_agent import SETTINGS
-
-    return SETTINGS["batch_size"]
-
-
 def table(rows: Sequence[Row]) -> str:
     """First and last figures of every arm and seed, and dialogues of the ends."""
     if not rows:
@@ -204,11 +198,12 @@ def quotes(rows: Sequence[Row]) -> list[str]:
     """Dialogues of the first seed, before and after."""
     lines = []
     for game, arm in (("cooperative", "pair"), ("competitive", "pool")):
-        own = of(rows, game, "sample", arm=arm, seed=1)
+        said = of(rows, game, "sample", arm=arm)
+        own = [row for row in said if row["seed"] == min(x["seed"] for x in said)]
         for step in sorted({row["step"] for row in own}):
-            said = [spoken(row) for row in own if row["step"] == step][:4]
+            shown = [spoken(row) for row in own if row["step"] == step][:4]
             when = f"after {step} rounds" if step else "untrained"
-            lines.append(f"- {game}, {when}: " + "; ".join(said))
+            lines.append(f"- {game}, {when}: " + "; ".join(shown))
     return lines
 
 
