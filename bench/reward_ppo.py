@@ -169,6 +169,8 @@ def table() -> str:
     if not rows:
         return NOT_MEASURED
     lines = [
+        "![the reward model's scores, two judges' and the KL along training](reward_ppo.png)",
+        "",
         "| arm | seed | reward model | VADER | MiniLM | KL | distinct-2 | signs, first at |",
         "|---|---|---|---|---|---|---|---|",
     ]
