@@ -63,11 +63,11 @@ def speed_line(row: Row, peer: Row) -> str:
 
 
 def curve_lines(rows: Sequence[Row]) -> list[str]:
-    seeds, steps = {row["seed"] for row in rows}, {len(row["scores"]) for row in rows}
+    steps = max(len(row["scores"]) for row in rows)
     lines = [
-        f"| | reward, first step | mean of all {max(steps)} steps | last {LAST} steps "
+        f"| | seeds | reward, first step | mean of all {steps} steps | last {LAST} steps "
         "| mean of all, ours less TRL's ± standard error |",
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for group in grouped(rows):
         sides = list(dict.fromkeys(row["side"] for row in group))
@@ -84,7 +84,7 @@ def curve_lines(rows: Sequence[Row]) -> list[str]:
     return [
         *lines,
         "",
-        f"Means of {len(seeds)} seeds. A difference below two standard errors is noise.",
+        "Means over seeds. A difference below two standard errors is noise.",
     ]
 
 

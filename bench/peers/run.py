@@ -7,12 +7,13 @@ workload.py, and each side's settings stand at the top of its file. Two parts:
   second by the median step, seconds of each phase, and the process's peak memory (VmHWM).
   Beside them stands the floor: the time that the step's matrix products alone would take at the
   rate of one product of the head's shape, measured after each turn.
-- curves: 32 responses of 16 tokens, eight steps, eight seeds; the reward of every step. A step's
-  mean reward swings by 0.1 with its four prompts (GRPO), so fewer seeds say nothing.
+- curves: 32 responses of 16 tokens, eight steps, eight seeds; the reward of every step. GRPO's mean
+  reward swings by 0.1 with the four prompts of a step, so that fewer seeds say nothing.
 
     python bench/peers/run.py                  both, replaces rows of bench/results/peers.jsonl
     python bench/peers/run.py --part speed     one of them
     python bench/peers/run.py --algorithm ppo --weights lora    some cases
+    python bench/peers/run.py --seeds 1,2,3,4  of the curves, some seeds
     python bench/peers/run.py --quick          few steps and one seed; only prints
     python bench/peers/run.py --cache FOLDER   where the peers' environments are made
 """
@@ -27,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,16 @@ from turns import Side
 from workload import SHAPE, VOCABULARY, Workload, make_model, matrix_work
 
 HERE = Path(__file__).parent
-SEEDS = range(1, 9)
+SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 CURVE_STEPS = 8
 FLOOR = "matrix products alone"
 KEY = ("part", "algorithm", "weights", "side", "seed")
 """what tells rows apart"""
 
 
-def workloads(part: str, algorithm: str, weights: str, quick: bool) -> list[Workload]:
+def workloads(
+    part: str, algorithm: str, weights: str, quick: bool, seeds: Sequence[int] = SEEDS
+) -> list[Workload]:
     lora = weights == "lora"
     rate = 3e-3 if lora else 3e-4
     if part == "speed":
@@ -57,7 +60,7 @@ def workloads(part: str, algorithm: str, weights: str, quick: bool) -> list[Work
     steps = 3 if quick else CURVE_STEPS
     return [
         Workload(algorithm, lora, steps, seed, response_tokens=16, learning_rate=rate)
-        for seed in SEEDS[: 1 if quick else None]
+        for seed in seeds[: 1 if quick else None]
     ]
 
 
@@ -177,10 +180,12 @@ def main() -> None:
     parser.add_argument("--part", choices=("speed", "curves"))
     parser.add_argument("--algorithm", choices=("ppo", "grpo"))
     parser.add_argument("--weights", choices=("lora", "all"))
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--print", action="store_true", dest="only_print")
     parser.add_argument("--cache", type=Path)
     given = parser.parse_args()
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     cache = given.cache
     if cache is None:
         from fastrlhf.pretrained import cache_dir
@@ -192,7 +197,7 @@ def main() -> None:
         for part in [given.part] if given.part else ("speed", "curves"):
             for algorithm in [given.algorithm] if given.algorithm else ("ppo", "grpo"):
                 for weights in [given.weights] if given.weights else ("lora", "all"):
-                    for workload in workloads(part, algorithm, weights, given.quick):
+                    for workload in workloads(part, algorithm, weights, given.quick, seeds):
                         rows = run_case(part, workload, Path(folder), cache)
                         print("\n".join(json.dumps(row) for row in rows), flush=True)
                         if not (given.quick or given.only_print):
