@@ -80,7 +80,7 @@ def curve_lines(rows: Sequence[Row]) -> list[str]:
             )
             shown = " | ".join(f"{mean:.3f}" for mean in means)
             apart = "" if side == peer else difference(group, side, peer)
-            lines.append(f"| {name(own[0])} | {shown} | {apart} |")
+            lines.append(f"| {name(own[0])} | {len(own)} | {shown} | {apart} |")
     return [
         *lines,
         "",
