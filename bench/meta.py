@@ -36,18 +36,18 @@ from results import as_lines, keep, stamp
 SETTINGS: dict[str, Any] = dict(
     dataset="movie-reviews",
     algorithm="rloo",
-    batch_size=16,
+    batch_size=32,
     num_generations=4,
     response_length=12,
     stop_token=None,
     learning_rate=2e-3,
     lr_scheduler_type="constant",
-    kl_coef=0.02,
+    kl_coef=0.04,
     kl_estimator="exact",
     train_layers=4,
     microbatch_tokens=1024,
     num_samples=0,
-    eval_prompts=32,
+    eval_prompts=96,
     save_steps=None,
 )
 META: dict[str, Any] = dict(
