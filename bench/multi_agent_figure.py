@@ -47,7 +47,7 @@ def draw() -> None:
     )
     figure.savefig(ROOT / "docs" / "multi_agent.png", dpi=90)
     page = ROOT / "docs" / "multi_agent.md"
-    page.write_text(with_tables(page.read_text(), {"multi_agent": lambda: table(rows)}))
+    page.write_text(with_tables(page.read_text(), TABLES))
 
 
 def of(rows: Sequence[Row], game: str, kind: str, **fields: Any) -> list[Row]:
@@ -163,8 +163,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "![Success of the pair, exam and tournament of the solver, win rates](multi_agent.png)",
         "",
-        "| game | who learns | seed | held out, before | held out, after | minutes |",
-        "|---|---|---|---|---|---|",
+        "| game | who learns | seed | held out, before | held out, after |",
+        "|---|---|---|---|---|",
     ]
     kinds = {"cooperative": ("evaluation", "game/success"), "competitive": ("exam", "solved")}
     for game in GAMES:
@@ -172,10 +172,9 @@ def table(rows: Sequence[Row]) -> str:
         for arm in arms(rows, game):
             for seed in sorted({row["seed"] for row in rows if row["game"] == game}):
                 own = of(rows, game, kind, arm=arm, seed=seed)
-                (run,) = of(rows, game, "run", arm=arm, seed=seed)
                 lines.append(
                     f"| {game} | {NAMES[arm]} | {seed} | {own[0][field]:.2f} | "
-                    f"{own[-1][field]:.2f} | {run['seconds'] / 60:.1f} |"
+                    f"{own[-1][field]:.2f} |"
                 )
     return "\n".join([*lines, "", *told_tournament(rows), *quotes(rows)])
 
@@ -212,6 +211,8 @@ def spoken(row: Row) -> str:
     about = f"({start['target']}) " if "target" in start else ""
     return f"{about}`{row['completion'].replace('`', ' ').replace('|', '·')}`"
 
+
+TABLES = {"multi_agent": lambda: table(read("multi_agent"))}
 
 if __name__ == "__main__":
     draw()

@@ -21,7 +21,6 @@ def competitive(arm, seed, before, after):
     return [
         about | {"kind": "exam", "step": 0, "solved": before},
         about | {"kind": "exam", "step": 22, "solved": after},
-        about | {"kind": "run", "seconds": 90.0},
         about | {"kind": "sample", "step": 22, "prompt": start, "completion": f"seed {seed} | `"},
     ]
 
@@ -44,9 +43,9 @@ def test_the_table_has_a_line_for_each_arm_and_seed(figure):
         *tournament(3, "untrained", [0.0, None, 0.2]),
     ]
     made = figure.table(rows)
-    assert "| competitive | with past selves | 3 | 0.10 | 0.60 | 1.5 |" in made
-    assert "| competitive | with past selves | 4 | 0.20 | 0.50 | 1.5 |" in made
-    assert "| competitive | without past selves | 4 | 0.20 | 0.30 | 1.5 |" in made
+    assert "| competitive | with past selves | 3 | 0.10 | 0.60 |" in made
+    assert "| competitive | with past selves | 4 | 0.20 | 0.50 |" in made
+    assert "| competitive | without past selves | 4 | 0.20 | 0.30 |" in made
     assert "untrained: 0.10; without past selves: 0.30; with past selves: 0.60, 0.40." in made
     # The first seed that was run is quoted, as text that breaks no table.
     assert "- competitive, after 22 rounds: `seed 3 ·  `" in made

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
         ("docs/memory.md", "results", "MEMORY_TABLES"),
         ("docs/rewards.md", "results", "REWARD_TABLES"),
         ("docs/meta.md", "meta_figure", "TABLES"),
+        ("docs/multi_agent.md", "multi_agent_figure", "TABLES"),
         ("docs/reward_hacking.md", "reward_ppo", "TABLES"),
     ],
 )
