@@ -66,6 +66,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         "no pool": dict(pool_share=0.0, matrix_games=12),
     },
 }
+SHOWN = 8  # dialogues of the first and the last evaluation that are kept
 EXAM, TOURNAMENT = 48, 16  # sums in the exam; sums of each proposer in the tournament
 
 
@@ -131,8 +132,8 @@ def train(kind: str, arm: str, seed: int, changes: dict[str, Any], quick: bool) 
             kept = {k: round(v, 5) for k, v in line.items() if wanted(k) and v is not None}
             rows.append({"kind": "round", "step": line["step"]} | kept)
         last = max(line["step"] for line in lines("samples.jsonl"))
-        for line in lines("samples.jsonl"):
-            if line["step"] in (0, last):
+        for step in (0, last):
+            for line in [x for x in lines("samples.jsonl") if x["step"] == step][:SHOWN]:
                 kept = {k: line[k] for k in ("step", "prompt", "completion", "score")}
                 rows.append({"kind": "sample"} | kept)
     for found in summary.matrices:

@@ -27,9 +27,10 @@ from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import score_all
 from .loading import load_backbone
-from .out_of_memory import MicrobatchBudget
+from .out_of_memory import MicrobatchBudget, sampled
 from .pretrained import Pretrained, context_length, find_pretrained
 from .rewards.functions import RewardScorer
+from .rewards.shaping import weighted_sum
 from .rollout.engines import make_engine
 from .run_files import is_run, read_given, refuse_other_runs
 from .run_policy import find_checkpoint, load_policy
@@ -258,11 +259,15 @@ def answers(
     """One answer to every prompt, with the seed that every model here is given."""
     engine = make_engine(backbone, tokenizer, config)
     generator = torch.Generator(backbone.device).manual_seed(config.seed + 1_000_003)
-    rollout = engine.generate(prompts.batch(backbone.device), generator)
-    scores = {
-        name: [None if math.isnan(x) else x for x in scorer(rollout).tolist()]
-        for name, scorer in scorers.items()
-    }
+    batch = prompts.batch(backbone.device)
+    rollout = sampled(lambda: engine.generate(batch, generator), len(prompts), "lower --prompts")
+    columns: dict[str, torch.Tensor] = {}
+    for name, scorer in scorers.items():
+        table = scorer.table(rollout)
+        columns[name] = weighted_sum(table, scorer.weights)
+        parts = zip(scorer.names, table.T, strict=True) if table.shape[1] > 1 else ()
+        columns |= {f"{name}: {part}": column for part, column in parts}
+    scores = {k: [None if math.isnan(x) else x for x in v.tolist()] for k, v in columns.items()}
     experience = score_all(backbone, rollout, config, MicrobatchBudget(config))
     mask = experience.response_mask
     spent = None if experience.kl is None else (experience.kl * mask).sum(-1).tolist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .kept_settings import parse
 from .multi_agent.config import MultiAgentConfig
 from .pretrained import find_pretrained
 from .run_checkpoints import numbered
+from .run_files import read_given
 from .run_state import MANIFEST, read_whole
 
 __all__ = ["export_run"]
@@ -38,13 +40,13 @@ def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
             of agents it names one of them too: `final/speaker`.
 
     Raises:
-        UserError: no run, no such checkpoint, or a folder that is there already.
+        UserError: no run, no such checkpoint, a model that has no name, or a folder that is there.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} holds no run (no config.yaml); give the folder of one")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is there already; give another --output")
-    config = config_of(run)
+    config = with_given_model(run, config_of(run))
     folder = chosen(run / "checkpoints", checkpoint, isinstance(config, MultiAgentConfig))
     if (folder / MANIFEST).exists():
         read_whole(folder)
@@ -84,6 +86,21 @@ def config_of(run: Path) -> PPOConfig:
     path = run / "config.yaml"
     settings = parse(path.read_text(encoding="utf-8"), str(path))
     return from_mapping(settings, kind_of_run(settings))
+
+
+def with_given_model(run: Path, config: PPOConfig) -> PPOConfig:
+    """The settings with the model that the run trained, where that came from Python.
+
+    Raises:
+        UserError: a model that has no name to load it by.
+    """
+    model = read_given(run).get("model")
+    if model is True:
+        raise UserError(
+            f"the run in {run} trained a model given from Python, so that its folder cannot name "
+            "what the adapter is merged into; load that model and then the adapter with peft"
+        )
+    return replace(config, model=model) if isinstance(model, str) else config
 
 
 def chosen(checkpoints: Path, name: str | None, of_agents: bool) -> Path:

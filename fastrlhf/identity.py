@@ -29,7 +29,7 @@ MEANINGS = {
     "config": "is of another model: its configuration differs",
     "base": "is of another model: the base's weights differ",
     "trained": "is of another model or way of training: the shapes of what trains differ",
-    "prompts": "is of other prompts: the data set has changed",
+    "prompts": "is of other prompts, or of a game with other rules",
 }
 
 

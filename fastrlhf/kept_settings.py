@@ -23,7 +23,8 @@ CHECKPOINT = re.compile(r"step-(\d{6,})")
 # Settings that a resumed run may change: the numbers of training are the same with them.
 FREE = (
     "output_dir", "eval_steps", "num_samples", "save_steps", "save_total_limit", "save_best",
-    "max_skipped_steps", "report_to", "audit", "trunk_cache_mb",
+    "max_skipped_steps", "report_to", "audit", "trunk_cache_mb", "matrix_games", "eval_adaptation",
+    "eval_every",
 )  # fmt: skip
 # These change rounding alone; they are what helps where memory ran out.
 ROUNDING = ("microbatch_tokens", "workspace_mb", "trunk_cache", "gradient_checkpointing")

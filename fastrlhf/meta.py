@@ -46,9 +46,9 @@ from .evaluation import Evaluation, evaluate
 from .identity import identity
 from .loading import tokenized_prompts
 from .losses import MicrobatchLoss
-from .meta_config import MetaConfig
+from .meta_config import MetaConfig, check_length
 from .meta_curves import Adaptation, Line, mean_line, mean_of
-from .meta_tasks import Task, Tasks, TaskSource, Turn, deal, read_task, read_tasks
+from .meta_tasks import Task, Tasks, TaskSource, Turn, deal, read_task, read_tasks, unjudged
 from .meta_update import GradientRecorder, OuterStep, SkippedTasks, copies, restore
 from .trainer import PPOTrainer
 from .types import Experience
@@ -159,6 +159,7 @@ class MetaTrainer(PPOTrainer):
 
     def batches(self, done: int = 0) -> Iterator[list[Turn]]:  # type: ignore[override]
         """The tasks of each meta step after the first ``done``, with their prompts."""
+        done = self.config.meta_steps if self.keeper.end.reason else done
         return islice(deal(self.tasks, self.config), done, None)
 
     def step(self, number: int, prompts: list[Turn]) -> Line:  # type: ignore[override]
@@ -261,17 +262,21 @@ class MetaTrainer(PPOTrainer):
             every: so many rollouts between evaluations on the task's held-out prompts; they begin
                 before the first and end after the last.
             seed: of the prompts' order and the sampling. None: the run's.
-            save_to: a folder for the adapted adapter, in PEFT's format.
+            save_to: a new folder for the adapted adapter, in PEFT's format.
 
         Returns:
             The curve, shorter where a NaN was met: `broken` says of what.
 
         Raises:
-            UserError: a task that cannot be read, or less than one step.
+            UserError: a task that cannot be read, no step, more than a linear learning rate is
+                made for, or a folder that is there.
         """
         steps = self.config.inner_steps if steps is None else steps
         for what, number in (("steps", steps), ("every", every)):
             require(number >= 1, f"{what} is {number}; give at least 1")
+        check_length(self.config, "steps", steps)
+        taken = save_to is not None and Path(save_to).exists()
+        require(not taken, f"save_to: {save_to} is there already; give a new folder")
         found = self.tasks.find(task) or self.eval_tasks.find(task)
         if found is None:
             found = self.prepared(read_task(task, self.config))
@@ -338,13 +343,8 @@ class MetaTrainer(PPOTrainer):
             scores = {"task": one.task, "after": one.steps, "score": one.scores}
             self.folder.append(CURVES, {"step": step} | scores)
             self.display.say(f"task {one.task}: {' '.join(f'{x:+.3f}' for x in one.scores)}")
-        result = mean_of([one.evaluations[-1] for one in made])
+        result = mean_of({one.task: one.evaluations[-1] for one in made})
         self.keeper.evaluated(result, step)
         title = f"Held-out prompts {when}, after {steps} rollouts of each task"
         self.display.evaluated(title, result, None if brief else self.config.num_samples)
         return result
-
-
-def unjudged(completions: Sequence[str], **_: object) -> list[float]:
-    """Stands where `PPOTrainer` wants a reward, until the first task takes its turn."""
-    return [0.0] * len(completions)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from .algorithm_settings import DEFAULTS, AlgorithmName, require
 from .config import PPOConfig
 
-__all__ = ["MetaConfig"]
+__all__ = ["MetaConfig", "check_length"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class MetaConfig(PPOConfig):
             "again with every task; leave them out",
         )
 
+        check_length(self, "eval_adaptation", self.eval_adaptation or self.inner_steps)
+
     @property
     def outer_rate(self) -> float:
         """The first learning rate of the outer loop."""
@@ -100,3 +102,12 @@ class MetaConfig(PPOConfig):
     def optimizer_steps(self) -> int:
         """Optimizer steps of an adaptation."""
         return self.inner_steps * self.num_ppo_epochs * self.num_mini_batches
+
+
+def check_length(config: MetaConfig, name: str, rollouts: int) -> None:
+    """Raise UserError for an adaptation that would go on when its learning rate has come to 0."""
+    require(
+        config.lr_scheduler_type == "constant" or rollouts <= config.inner_steps,
+        f"{name} is {rollouts}, and lr_scheduler_type linear is at 0 after inner_steps "
+        f"({config.inner_steps}); set lr_scheduler_type to constant, or {name} to no more",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -29,8 +29,9 @@ class Adaptation:
         return [evaluation.score for evaluation in self.evaluations]
 
 
-def mean_of(found: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of several, each counting alike."""
+def mean_of(by_task: Mapping[str, Evaluation]) -> Evaluation:
+    """One evaluation of several, each counting alike; its samples say of which task they are."""
+    found = list(by_task.values())
     kls = [one.kl for one in found if one.kl is not None]
     return Evaluation(
         score=fmean(one.score for one in found),
@@ -40,7 +41,7 @@ def mean_of(found: Sequence[Evaluation]) -> Evaluation:
         scores=[score for one in found for score in one.scores],
         prompts=[prompt for one in found for prompt in one.prompts],
         completions=[text for one in found for text in one.completions],
-        told=[columns for one in found for columns in one.told],
+        told=[{"task": name, **x} for name, one in by_task.items() for x in one.told],
     )
 
 

@@ -19,7 +19,7 @@ from .errors import UserError, nearest
 from .meta_config import MetaConfig
 from .rewards.functions import RewardScorer
 
-__all__ = ["Task", "TaskSource", "Tasks", "Turn", "deal", "read_task", "read_tasks"]
+__all__ = ["Task", "TaskSource", "Tasks", "Turn", "deal", "read_task", "read_tasks", "unjudged"]
 
 FIELDS = ("name", "reward", "dataset")
 
@@ -183,3 +183,8 @@ def deal(tasks: Tasks, config: MetaConfig) -> Iterator[list[Turn]]:
             Turn(task, [next(dealt[task.name]) for _ in range(config.task_rollouts)])
             for task in turns
         ]
+
+
+def unjudged(completions: Sequence[str], **_: object) -> list[float]:
+    """Stands where `PPOTrainer` wants a reward, until the first task takes its turn."""
+    return [0.0] * len(completions)

@@ -44,7 +44,7 @@ def read_modes(given: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]
     else:
         refuse_doubled(given)
         for name in given:
-            if name not in MODES:
+            if not isinstance(name, str) or name not in MODES:
                 raise UserError(
                     f"modes: {name!r} is no mode that ships; {nearest(str(name), MODES)}; for one "
                     "of your own give its instruction too, as in {terse: Answer in a word.}"

@@ -97,6 +97,8 @@ def pareto_front(
         UserError: whatever can be known to fail before training; runs of other settings there.
     """
     started = time.perf_counter()
+    if not all(isinstance(reward, str) for reward in rewards):
+        raise UserError("rewards must be two texts of what `reward=` takes, each a reward by name")
     rewards = tuple(reward.strip() for reward in rewards)
     check_asked(config, rewards, points)
     output = Path(output)
@@ -116,14 +118,15 @@ def pareto_front(
         for x in shares
     ]
     base, told = judged(source, made, scorers, prompts, config)
-    worse = dominated([[interval.value for interval in scores(x, config)] for x in told])
+    means = [[interval.value for interval in scores(x, config)] for x in (base, *told)]
+    worse = dominated(means[1:])
     front = Front(
         (rewards[0], rewards[1]),
         tuple(
             point((1 - x, x), answer, config, is_worse, folder)
             for x, answer, is_worse, folder in zip(shares, told, worse, made, strict=True)
         ),
-        point((0.0, 0.0), base, config, False, None),
+        point((0.0, 0.0), base, config, dominated(means)[0], None),
         len(prompts),
         str(output),
         time.perf_counter() - started,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .comparisons import PairedTexts, Preferences, RatedTexts, with_gap
+from .comparisons import PairedTexts, Preferences, RatedTexts, compares, with_gap
 from .data import INNER_ARCHIVE, SNIPPETS, chat_text, fetched, text_ids
 from .dataset_files import no_such_file, read_rows
 from .errors import UserError
@@ -212,8 +212,23 @@ def split_preferences(
     gaps = config.rating_gap, config.eval_rating_gap
     read = partial(tokenize_preferences, tokenizer=tokenizer, max_length=max_length)
     found = read(rows, rating_gap=gaps[0])
+    if not compares(found):
+        raise UserError(
+            f"no two ratings of one prompt differ by more than rating_gap ({gaps[0]:g}); lower it"
+        )
     if eval_rows is not None:
-        return found, read(eval_rows, rating_gap=gaps[1])
+        held_out = read(eval_rows, rating_gap=gaps[1])
+        apart = without(rows, eval_rows)
+        if not apart:
+            raise UserError("every row of the data is in eval_dataset too; give other rows")
+        if len(apart) < len(rows):
+            warnings.warn(
+                f"{len(rows) - len(apart)} of {len(rows)} rows have a text or a rated prompt of "
+                "eval_dataset and are not trained on",
+                stacklevel=2,
+            )
+            found = read(apart, rating_gap=gaps[0])
+        return found, held_out
     count = config.eval_rows or max(1, len(found) // 5)
     if count >= len(found):
         raise UserError(
@@ -221,6 +236,21 @@ def split_preferences(
         )
     train, held_out = found.split(count, config.seed)
     return train, with_gap(held_out, gaps[1])
+
+
+def without(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The rows that share no text with ``others``, and no prompt of ratings."""
+
+    def texts(row: Mapping[str, Any]) -> set[str]:
+        parts = [x for x in ("chosen", "rejected", "completion") if row.get(x) is not None]
+        found = {json.dumps([row.get("prompt") or "", row[x]], default=str) for x in parts}
+        rated = row.get("rating") is not None and row.get("prompt")
+        return found | ({json.dumps(row["prompt"], default=str)} if rated else set())
+
+    theirs = set().union(*map(texts, others))
+    return [row for row in rows if not texts(row) & theirs]
 
 
 def full_text(row: Mapping[str, Any], name: str, tokenizer: Any, place: int) -> str:

@@ -166,7 +166,12 @@ def findings(run: RunRecord) -> str:
 def samples(run: RunRecord) -> str:
     """A row a prompt: its answer at the first, the middle and the last evaluation."""
     # A run that went on from a checkpoint wrote some twice: the later counts.
-    said = {(line["step"], line["prompt"]): line for line in run.samples}
+    # A prompt is there for each task or mode.
+    of = ("task", "mode")
+    said = {
+        (line["step"], " · ".join([*(line[k] for k in of if k in line), line["prompt"]])): line
+        for line in run.samples
+    }
     steps = [step[0] for step in spread([[s] for s in sorted({step for step, _ in said})])]
     prompts = list(dict.fromkeys(prompt for _, prompt in said))[:PROMPTS]
     if not prompts:

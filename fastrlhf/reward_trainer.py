@@ -298,6 +298,7 @@ class RewardTrainer:
     def save(self, *, normalized: bool) -> Path:
         """Write the reward model as it is to the run's folder; returns where."""
         facts = self.best | {"dataset": self.dataset, "normalized": normalized}
+        facts |= {"trust_remote_code": self.config.trust_remote_code}
         return save_reward_model(self.backbone, self.folder.path / "model", self.base, facts)
 
     def finish(self, steps: int, stopped: str | None) -> RewardSummary:

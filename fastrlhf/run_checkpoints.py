@@ -68,7 +68,7 @@ class Checkpoints:
         """The newest, as a clause that ends a sentence."""
         if self.last is None:
             return "; there is no checkpoint yet"
-        again = resume_command(self.config, self.folder.path)
+        again = resume_command(self.config, self.folder.path, self.folder.given)
         return f"; the last good checkpoint is {self.last} (go on from it: {again})"
 
     def check_room(self) -> None:
@@ -205,10 +205,13 @@ def checkpoint_bytes(run: RunState, config: PPOConfig) -> int:
     return most * whole + weights + (2 * weights if config.save_best else 0)
 
 
-def resume_command(config: PPOConfig, path: Path) -> str:
-    """What goes on with a run, on the command line; in Python where no verb trains so."""
+def resume_command(config: PPOConfig, path: Path, given: Mapping[str, Any]) -> str:
+    """What goes on with a run, on the command line; in Python where no verb trains so.
+
+    ``given``: from Python in place of settings, which the command line would not know.
+    """
     verb = next((verb for verb, kind in CONFIGS.items() if kind is type(config)), None)
-    if verb is None:
+    if verb is None or any(value is not None for value in given.values()):
         return f"train(resume_from_checkpoint={str(path)!r})"
     return f"fastrlhf {verb} --resume {path}"
 

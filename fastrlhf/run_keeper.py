@@ -26,6 +26,7 @@ from .progress import Display
 from .resume import resume
 from .run_checkpoints import Checkpoints, resume_command
 from .run_end import RunEnd
+from .run_files import read_given
 from .run_state import RunState
 from .stop_request import StopRequest
 
@@ -92,6 +93,7 @@ class RunKeeper:
         if chosen:
             if chosen is not True:
                 self.folder.path = run_of(chosen)
+            self.refuse_less()
             resumed = resume(self.checkpoints, chosen, self.identity, self.display.say)
             done = self.saved = resumed.step
             self.name = resumed.facts.get("name", self.name)
@@ -103,6 +105,17 @@ class RunKeeper:
         self.folder.write_text("config.yaml", self.config.to_yaml())
         self.folder.write_text("given.json", json.dumps(self.folder.given) + "\n")
         return done
+
+    def refuse_less(self) -> None:
+        """Raise UserError where the run was given from Python what this one takes from settings."""
+        kept, ours = read_given(self.folder.path), self.folder.given
+        for name in (name for name, value in kept.items() if value is not None):
+            if ours.get(name) is None:
+                raise UserError(
+                    f"the run in {self.folder.path} was given its {name.replace('_', ' ')} from "
+                    "Python, and its settings name another; go on with it there, with the same "
+                    f"arguments: train(resume_from_checkpoint={str(self.folder.path)!r})"
+                )
 
     def step_done(self, number: int) -> None:
         """Save where it is time to, and leave where a signal asked for that."""
@@ -123,7 +136,7 @@ class RunKeeper:
             self.callbacks("on_save")
 
     def leave(self, number: int) -> None:
-        again = resume_command(self.config, self.folder.path)
+        again = resume_command(self.config, self.folder.path, self.folder.given)
         self.display.say(f"stopped after step {number}; go on with: {again}")
         self.stop.leave(f"after step {number}")
 

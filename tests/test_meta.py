@@ -273,7 +273,7 @@ def test_several_in_a_row_stop_the_run_where_it_was(tmp_path):
     first = make(tmp_path, tasks=tasks, output_dir=str(tmp_path / "other"))
     assert all(torch.equal(a, b) for a, b in zip(first.weights, trainer.weights, strict=True))
     assert (tmp_path / "run/checkpoints/interrupted/adapter_model.safetensors").exists()
-    again = resume_command(trainer.config, tmp_path / "run")
+    again = resume_command(trainer.config, tmp_path / "run", {})
     assert again == f"train(resume_from_checkpoint={str(tmp_path / 'run')!r})"
 
 

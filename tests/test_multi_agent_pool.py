@@ -80,8 +80,8 @@ def test_the_matrix_is_that_of_who_plays(tmp_path):
     made = pool(tmp_path, [0, 2, 4], game=Higher())
     speak = made.players.speak
 
-    def numbered(agent, past, number, prompts, generator):
-        rollout = speak(agent, past, number, prompts, generator)
+    def numbered(agent, past, number, prompts, generator, setting):
+        rollout = speak(agent, past, number, prompts, generator, setting)
         text = "none" if (agent, past) == ("speaker", 4) else str(past)
         return replace(rollout, completions=[text] * len(prompts))
 

@@ -184,7 +184,7 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(tmp_path, capsys, n
     if status:
         assert stopped.value.code == status
     assert signal.getsignal(number) == before
-    assert "go on with: fastrlhf ppo --resume" in capsys.readouterr().err
+    assert "go on with: train(resume_from_checkpoint=" in capsys.readouterr().err
     there = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert there == ["step-000002", "step-000003"]
     make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "run"))
@@ -243,7 +243,7 @@ def test_other_columns_are_other_data(tmp_path):
     again = make(tmp_path)
     rows = [row | {"answer": "a"} for row in PROMPTS]
     again = type(again)(None, letters, again.config, rows)
-    with pytest.raises(UserError, match="the data set has changed"):
+    with pytest.raises(UserError, match="is of other prompts"):
         again.train(resume_from_checkpoint=True)
 
 

@@ -114,6 +114,7 @@ def test_what_a_kill_left_half_done_is_cleared_away(tmp_path):
 
 
 def test_who_has_no_verb_goes_on_from_python(tmp_path):
-    assert resume_command(PPOConfig(), tmp_path) == f"fastrlhf ppo --resume {tmp_path}"
+    assert resume_command(PPOConfig(), tmp_path, {}) == f"fastrlhf ppo --resume {tmp_path}"
     words = f"train(resume_from_checkpoint={str(tmp_path)!r})"
-    assert resume_command(MultiAgentConfig(), tmp_path) == words
+    assert resume_command(MultiAgentConfig(), tmp_path, {}) == words
+    assert resume_command(PPOConfig(), tmp_path, {"model": None, "reward": True}) == words

@@ -47,7 +47,7 @@ def test_it_leaves_as_elsewhere_and_a_resume_only_finishes(
     if status:
         assert left.value.code == status
     told = capsys.readouterr().err
-    assert "stopped after step 4; go on with: fastrlhf ppo --resume" in told
+    assert "stopped after step 4; go on with: train(resume_from_checkpoint=" in told
     there = {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
     assert "step-000004" in there and not there & {"final", "interrupted"}
     again = run(tmp_path, "run", save_steps=save_steps)

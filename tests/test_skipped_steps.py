@@ -53,7 +53,7 @@ def test_three_in_a_row_stop_the_run_with_a_diagnosis(tmp_path):
     assert len(calls) == 12
     assert "3 optimizer steps in a row" in message and "scores go from" in message
     assert "lora_" in message and "nan" in message
-    assert "step-000002 (go on from it: fastrlhf ppo --resume" in message
+    assert "step-000002 (go on from it: train(resume_from_checkpoint=" in message
 
 
 def test_broken_weights_are_never_saved(tmp_path):

@@ -14,12 +14,19 @@ from ..config import PPOConfig
 __all__ = ["MultiAgentConfig"]
 
 
+UNREAD = (
+    "missing_eos_penalty", "overlong_share", "reward_weights", "reward_bounds", "reward_clip",
+    "reward_scaling", "reward_normalization", "dynamic_sampling",
+)  # fmt: skip
+"""what shapes the scores of a reward; a game's payoffs are taken as they are"""
+
+
 @dataclass(frozen=True)
 class MultiAgentConfig(PPOConfig):
     """Settings of a run in which agents learn from dialogues; an episode is a dialogue.
 
     The game says what PPOConfig's dataset, reward, response_length and stop_token say elsewhere:
-    these are not read.
+    these are not read. Nobody watches for reward hacking: the game has its own figures.
     """
 
     algorithm: Literal["reinforce", "ppo"] = "reinforce"
@@ -63,5 +70,16 @@ class MultiAgentConfig(PPOConfig):
             "agents have no common best: what one wins another may lose; leave save_best out, "
             "every past self is in the run's folder",
         )
+        require(
+            self.hacking == "warn" and self.gold is None,
+            "hacking and gold watch the texts of one reward, and agents are paid by their game; "
+            "leave them out",
+        )
+        for name in UNREAD:
+            require(
+                getattr(self, name) in (getattr(PPOConfig, name), 0, None),
+                f"{name} shapes a reward's scores, and agents are paid by their game as they are; "
+                "leave it out",
+            )
         named = self.learners == "all" or (isinstance(self.learners, list) and self.learners)
         require(bool(named), "learners must be 'all' or a list of agents")

@@ -17,7 +17,16 @@ from torch import Generator
 
 from ..errors import UserError, nearest
 
-__all__ = ["Dialogue", "Game", "Turn", "check_game", "checked_rewards", "next_speaker", "shown"]
+__all__ = [
+    "Dialogue",
+    "Game",
+    "Turn",
+    "check_game",
+    "checked_rewards",
+    "next_speaker",
+    "rules_of",
+    "shown",
+]
 
 Start = Mapping[str, Any]
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -179,3 +188,20 @@ def checked_rewards(game: Game, dialogue: Dialogue) -> list[float | None]:
             raise UserError(f"{where}, out of the game's bounds {low:g} to {high:g}; widen them")
         rewards.append(value)
     return rewards
+
+
+def rules_of(game: Game) -> dict[str, Any]:
+    """What a run that goes on must find as it was: the game's parts, and its settings that are
+    numbers, texts or lists of them."""
+
+    def plain(x: Any) -> bool:
+        if isinstance(x, Mapping):
+            return all(map(plain, x.values()))
+        return all(map(plain, x)) if isinstance(x, (list, tuple)) else isinstance(x, PLAIN)
+
+    parts = ("name", "agents", "turn_tokens", "stop", "max_turns", "bounds")
+    named = {part: getattr(game, part) for part in parts} | getattr(game, "__dict__", {})
+    return {name: value for name, value in named.items() if plain(value)}
+
+
+PLAIN = (str, int, float, bool, type(None))

@@ -47,7 +47,7 @@ def win_rates(players: Players, agent: str, games: int, seed: int) -> WinRates:
         # The same draws in every row: rows differ in who plays alone.
         generator = torch.Generator(players.backbone.device).manual_seed(seed)
         seats = [{agent: own} | dict.fromkeys(others, step) for step in steps for _ in starts]
-        played = players.play([*starts] * len(steps), generator, seats)
+        played = players.play([*starts] * len(steps), generator, seats, "matrix_games")
         won = [game.won(dialogue, agent) for dialogue in played.dialogues]
         cells = [won[i : i + len(starts)] for i in range(0, len(won), len(starts))]
         rates.append([mean_of(cell) for cell in cells])

@@ -99,13 +99,18 @@ class Players:
             engine.stop = stop_token(game, tokenizer)
 
     def play(
-        self, starts: Sequence[Start], generator: Generator, seats: Sequence[Seats] | None = None
+        self,
+        starts: Sequence[Start],
+        generator: Generator,
+        seats: Sequence[Seats] | None = None,
+        setting: str = "batch_size",
     ) -> Played:
         """Play a dialogue from every start.
 
         Args:
             generator: what the agents say is drawn with it.
             seats: for each dialogue, who is a past self. None: nobody is.
+            setting: what to lower where memory does not do for them all.
 
         Raises:
             UserError: what the game says of a turn cannot be, by agent and turn.
@@ -122,7 +127,7 @@ class Players:
             for (agent, past), rows in due.items():
                 prompts = [shown(self.game, dialogues[row], agent) for row in rows]
                 number = len(dialogues[rows[0]].turns)
-                rollout = self.speak(agent, past, number, prompts, generator)
+                rollout = self.speak(agent, past, number, prompts, generator, setting)
                 spoken.append(Spoken(agent, past, number, rows, rollout))
                 for row, text in zip(rows, rollout.completions, strict=True):
                     said = text.removesuffix(self.game.stop or "")
@@ -138,6 +143,7 @@ class Players:
         number: int,
         prompts: Sequence[Prompt],
         generator: Generator,
+        setting: str,
     ) -> Rollout:
         """The turns of an agent, or of its past self, to what it sees."""
         engine: DecodeEngine = self.engines[agent]
@@ -152,7 +158,7 @@ class Players:
             raise UserError(f"turn {number + 1}, {agent}: {error}") from error
         generate = partial(engine.generate, given.batch(self.backbone.device), generator)
         with self.pool.playing(agent, past), self.backbone.policy_is(agent):
-            return sampled(generate, len(prompts), "lower batch_size")
+            return sampled(generate, len(prompts), f"lower {setting}")
 
 
 def stop_token(game: Game, tokenizer: Any) -> int:

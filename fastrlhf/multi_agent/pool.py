@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
@@ -118,7 +119,7 @@ class Pool:
         """Read the past selves of a run that goes on from its folder.
 
         Raises:
-            UserError: one is missing.
+            UserError: one is missing, or cannot be read.
         """
         self.kept = {}
         for step in state["steps"]:
@@ -130,9 +131,18 @@ class Pool:
                         f"{path}, a past self, is missing; put it back, or start a new run"
                     )
                 now = copies(self.own(agent))
-                self.backbone.adapters.fill(agent, load_file(path))
+                try:
+                    odd = self.backbone.adapters.fill(agent, load_file(path))
+                except (OSError, SafetensorError, RuntimeError) as error:
+                    raise unusable(path, str(error)) from error
+                if odd:
+                    raise unusable(path, f"it and the run's adapter differ in {odd[0]}")
                 self.kept[step][agent] = copies(self.own(agent))
                 fill(self.own(agent), now)
+
+
+def unusable(path: Path, why: str) -> UserError:
+    return UserError(f"{path}, a past self, cannot be read ({why}); start a new run")
 
 
 def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

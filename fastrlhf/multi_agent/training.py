@@ -36,7 +36,7 @@ from ..skipped_steps import SkippedSteps
 from ..step import Updater
 from ..trackers import make_trackers
 from .config import MultiAgentConfig
-from .game import Game, check_game, known_agent
+from .game import Game, check_game, known_agent, rules_of
 from .learner import Learner
 from .matrix import WinRates, draw_win_rates, win_rates
 from .players import Played, Players
@@ -155,7 +155,7 @@ class MultiAgentTrainer:
             others |= {f"monitor of {agent}": learner.monitor}
         run = RunState(self.backbone, self.optimizer, self.schedule, generators, others)
         texts = [f"{self.game.name} {i}" for i in range(len(self.held_out))]
-        dealt = PromptSet(self.held_out, texts, [], tokenizer.pad_token_id)
+        dealt = PromptSet([*self.held_out, rules_of(self.game)], texts, [], tokenizer.pad_token_id)
         known = identity(self.backbone, [dealt])
         keeper = RunKeeper(
             self.folder, run, self.config, self.display, self.timer, self.callbacks, known, name,
@@ -203,9 +203,10 @@ class MultiAgentTrainer:
             self.pool.keep(number)
             self.keeper.training_done(number)
             after = self.evaluate("after training", number)
+            # The matrix is large: what was learnt is kept before it.
+            self.keeper.checkpoints.save_final()
             matrices = self.matrices()
             self.callbacks("on_train_end")
-            self.keeper.checkpoints.save_final()
         return self.finish(after, number, matrices)
 
     def round(self, number: int) -> dict[str, Any]:
@@ -264,9 +265,10 @@ class MultiAgentTrainer:
         return figures | {f"game/{key}": value for key, value in own.items()}
 
     def evaluate(self, when: str, step: int) -> dict[str, float]:
-        """Play the held-out starts, always with the same draws, and write what came of it."""
+        """Play the held-out starts, with draws from the same seed, and write what came of it."""
         with self.timer("evaluate"):
-            played = self.players.play(self.held_out, self.seeded(self.backbone.device))
+            generator = self.seeded(self.backbone.device)
+            played = self.players.play(self.held_out, generator, setting="eval_prompts")
         self.timer.take_step()
         rows = range(len(played.dialogues))
         figures = self.figures(played, rows)

@@ -6,6 +6,7 @@ label after the `#`: `someone/sentiment#POSITIVE`.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError, nearest
+from ..pretrained import check_hub, context_length
 from .model import RewardModel, is_reward_model
 from .registry import RewardFunction
 
@@ -51,8 +53,7 @@ class ClassifierReward:
         tokenizer.padding_side = "right"
         # What is judged stands at the end.
         tokenizer.truncation_side = "left"
-        context = getattr(model.config, "max_position_embeddings", None)
-        self.longest = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+        self.longest = min(tokenizer.model_max_length, positions(model))
         self.told = False
 
     @classmethod
@@ -64,6 +65,8 @@ class ClassifierReward:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        if not Path(name).is_dir():
+            check_hub(name)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(name).eval()
             model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,8 +99,9 @@ class ClassifierReward:
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
             given = self.tokenizer(
-                batch, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
-            )
+                batch, padding=True, return_tensors="pt", truncation=self.longest < sys.maxsize,
+                max_length=self.longest if self.longest < sys.maxsize else None,
+            )  # fmt: skip
             if not self.told and given["input_ids"].shape[1] == self.longest:
                 self.tell_truncation(batch)
             logits = self.model(**given.to(self.model.device)).logits.float()
@@ -116,3 +120,16 @@ class ClassifierReward:
                 "of such texts it sees the end; shorten prompts or response_length",
                 stacklevel=3,
             )
+
+
+def positions(model: Any) -> int:
+    """Tokens that a model has positions for; sys.maxsize where it does not say."""
+    length = context_length(model.config.get_text_config())
+    for name, module in model.named_modules():
+        # RoBERTa counts from behind its padding token's position.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return min(length, module.num_embeddings) - module.padding_idx - 1
+    return length

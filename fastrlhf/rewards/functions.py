@@ -41,6 +41,17 @@ sentiment = texts.sentiment
 # Importing it has registered its rewards.
 assert answers.exact_answer.__name__ in REWARDS
 
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
+"""what a function of the user's raises where it is wrong itself; asking again does not help"""
+
 
 def load_reward(name: str) -> RewardFunction:
     """One reward by its name, path or address.
@@ -85,6 +96,11 @@ def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
 
         name = folder_name(reward) if Path(reward).is_dir() else Path(reward).name
         return [Objective(name, load_classifier(reward))]
+    if not set(reward) & set(" +*()") and "/" in reward:
+        raise UserError(
+            f"no folder {reward!r}: give one that `fastrlhf reward` wrote, or a model for sequence "
+            "classification"
+        )
     if reward.isidentifier() and not named:
         raise UserError(f"no reward {reward!r}: give file.py:function; {nearest(reward, REWARDS)}")
     return parse(reward)
@@ -262,7 +278,12 @@ class RewardScorer:
                 **extra,
             )
             if inspect.isawaitable(answer):
-                answer = wait_for(answer, settings.reward_timeout)
+                try:
+                    answer = wait_for(answer, settings.reward_timeout)
+                except (UserError, TimeoutError, ConnectionError, *FAULTS):
+                    raise
+                except Exception as error:  # clients have errors of their own for a lost line
+                    raise ConnectionError(f"{type(error).__name__}: {error}") from error
             return answer
 
         try:

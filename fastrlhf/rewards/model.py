@@ -34,7 +34,7 @@ from ..data import text_ids
 from ..errors import UserError
 from ..heads import RewardHead
 from ..identity import sampled
-from ..pretrained import Pretrained, find_pretrained
+from ..pretrained import PACKAGED, Pretrained, find_pretrained
 from ..text_states import TextStates
 
 __all__ = [
@@ -258,7 +258,11 @@ class RewardModel:
         """Its own base, loaded on first use."""
         if self.backbone is None:
             assert self.file is not None
-            found = find_pretrained(self.file.base)
+            base = self.file.base
+            if Path(base).name == PACKAGED and not Path(base).is_dir():
+                base = PACKAGED  # the folder was written on another machine
+            remote = bool(self.file.facts.get("trust_remote_code"))
+            found = find_pretrained(base, trust_remote_code=remote)
             self.backbone = load_reward_backbone(self.file, found)
             self.tokenizer = found.tokenizer
         return self.backbone

@@ -184,6 +184,7 @@ class HackingMonitor:
             "last": [dict(x) for x in self.last],
             "found": [asdict(x) for x in self.found],
             "showing": list(self.showing),
+            "gold": None if self.gold is None else self.gold.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -192,6 +193,8 @@ class HackingMonitor:
         self.last = [dict(x) for x in state["last"]]
         self.found = [Finding(**x) for x in state["found"]]
         self.showing = list(state["showing"])
+        if self.gold is not None and state.get("gold") is not None:
+            self.gold.load_state_dict(state["gold"])
 
 
 @contextmanager

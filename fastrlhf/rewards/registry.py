@@ -135,8 +135,10 @@ def objective(node: ast.expr, weight: float, text: str) -> Objective:
             raise UserError(f"the reward {ast.unparse(node)!r} takes {takes}")
     if missing := [p.name for p in settings if p.default is p.empty and p.name not in given]:
         raise UserError(f"the reward {name!r} needs {missing[0]}: write {name}({missing[0]}=…)")
-    if not given:
+    if not settings:
         return Objective(name, function, weight)
+    # Those left out too: a column of the data that has their name is not meant for them.
+    given = {p.name: p.default for p in settings} | given
     bound = functools.partial(function, **given)
     functools.update_wrapper(bound, function)
     return Objective(name, bound, weight)
