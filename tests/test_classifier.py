@@ -1,11 +1,16 @@
 """Classifiers of transformers as rewards: which logit, whatever is padded, and what is refused."""
 
+import sys
 import warnings
 
 import pytest
 import tiny
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from fastrlhf.errors import UserError
 from fastrlhf.rewards.classifier import ClassifierReward, load_classifier
@@ -73,3 +78,24 @@ def test_a_text_that_just_fits_is_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reward(prompts=["a" * 60], completions=["bcde"])
+
+
+def test_positions_that_begin_behind_padding():
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=20, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    reward = ClassifierReward(RobertaForSequenceClassification(config).eval(), tokenizer)
+    assert reward.longest == 18
+    with pytest.warns(UserWarning):
+        assert len(reward(prompts=["a" * 30], completions=["b"])) == 1
+
+
+def test_a_model_that_does_not_say_its_length(tmp_path):
+    reward = load_classifier(folder(tmp_path / "judge", ["score"]))
+    unknown = ClassifierReward(reward.model, reward.tokenizer)
+    unknown.longest = sys.maxsize
+    texts = {"prompts": ["a "], "completions": ["b"]}
+    assert unknown(**texts) == reward(**texts)

@@ -88,6 +88,17 @@ def test_several_rewards_and_samples_side_by_side(run):
     assert first["scores"]["mine.py:length"]["policy"] == len(first["policy"])
 
 
+def test_a_sum_is_shown_by_objective(run):
+    words = ["--reward", "mine.py:letters", "--reward", "sentiment + 0.5*repetition"]
+    status, out, err = run("lora", *words, "--prompts", "5", "--json")
+    assert status == 0, err
+    total = "sentiment + 0.5*repetition"
+    found = {k: v["policy"]["value"] for k, v in json.loads(out)["rewards"].items()}
+    parts = [found[f"{total}: {name}"] for name in ("sentiment", "repetition")]
+    assert found[total] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-6)
+    assert len(found) == 4
+
+
 def test_models(run):
     words = ["--dataset", "prompts.jsonl", "--reward", "mine.py:letters"]
     status, out, _ = run("model", *words, "--reference", "model", "--json")

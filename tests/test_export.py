@@ -1,5 +1,6 @@
 """An exported run is a plain model that answers as the policy that was trained."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,22 @@ def test_the_exported_model_answers_as_the_policy(tmp_path, changes, capsys):
         assert (base(input_ids=TOKENS).logits - got).abs().max() > 3 * slack
         assert AutoTokenizer.from_pretrained(out).eos_token == "<end>"
         assert not list(out.glob("*optim*")) and not list(out.glob("*.yaml"))
+
+
+def test_the_model_is_the_one_that_was_given(tmp_path):
+    """Named from Python: the settings name another."""
+    trainer = make(tmp_path)
+    given = trainer.config.model
+    trainer.train()
+    config, run = tmp_path / "run/config.yaml", tmp_path / "run"
+    config.write_text(config.read_text().replace(given, "smollm2-135m"))
+    noted = json.loads((run / "given.json").read_text())
+    (run / "given.json").write_text(json.dumps(noted | {"model": given}))
+    model = AutoModelForCausalLM.from_pretrained(export_run(run, tmp_path / "out"))
+    assert model.config.vocab_size == tiny.config().vocab_size
+    (run / "given.json").write_text(json.dumps(noted | {"model": True}))
+    with pytest.raises(UserError, match="trained a model given from Python"):
+        export_run(run, tmp_path / "other")
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -208,6 +208,24 @@ def test_any_run_starts_from_the_initialisation(tmp_path):
     assert later.evaluate("before", step=0).kl == 0
 
 
+def test_a_run_that_has_ended_deals_no_more(tmp_path):
+    trainer = make(tmp_path)
+    assert len(list(trainer.batches(1))) == 1
+    trainer.keeper.end.reason = "it was asked for"
+    assert list(trainer.batches(1)) == []
+
+
+def test_what_an_adaptation_refuses_before_it_begins(tmp_path):
+    trainer = make(tmp_path, lr_scheduler_type="linear")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine is there already; give a new folder"):
+        trainer.adapt("a", save_to=tmp_path / "mine")
+    with pytest.raises(UserError, match=r"steps is 3, and lr_scheduler_type linear is at 0"):
+        trainer.adapt("a", steps=3)
+    with pytest.raises(UserError, match="eval_adaptation is 4"):
+        make(tmp_path, lr_scheduler_type="linear", eval_adaptation=4)
+
+
 def test_its_run_is_exported_and_not_judged(tmp_path, capsys):
     make(tmp_path, meta_steps=1).train()
     export_run(tmp_path / "run", tmp_path / "plain")

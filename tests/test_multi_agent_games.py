@@ -7,7 +7,7 @@ import pytest
 import torch
 from signals import Signals, trainer
 
-from fastrlhf import UserError
+from fastrlhf import MultiAgentConfig, UserError
 from fastrlhf.multi_agent import Dialogue, ProposerSolver, ReferenceGame, Turn
 
 
@@ -145,3 +145,24 @@ def test_held_out_sums_are_judged_only_where_that_is_asked():
             for example in start["examples"]:
                 a, b = map(int, example.split("+"))
                 assert game.is_held_out((a, b)) == game.is_held_out((b, a)) == held_out
+
+
+def test_settings_that_leave_no_sum_are_refused():
+    for changes in (dict(one_in=1000), dict(largest=1), dict(largest=1, one_in=2)):
+        with pytest.raises(UserError, match=r"leaves none to .*raise largest or change one_in"):
+            ProposerSolver(**changes)
+
+
+def test_another_games_run_is_not_gone_on_with(tmp_path):
+    changes = dict(total_episodes=32, save_steps=1)
+    trainer(tmp_path, Signals(), **changes).train()
+    with pytest.raises(UserError, match="a game with other rules"):
+        trainer(tmp_path, Signals(bounds=(0.0, 2.0)), **changes).train(resume_from_checkpoint=True)
+
+
+def test_what_agents_do_not_read_is_refused():
+    for changes in (dict(hacking="stop"), dict(gold="sentiment")):
+        with pytest.raises(UserError, match="paid by their game"):
+            MultiAgentConfig(**changes)
+    with pytest.raises(UserError, match="reward_clip shapes"):
+        MultiAgentConfig(reward_clip=1.0)

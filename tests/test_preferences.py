@@ -2,16 +2,22 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 from tokenizers import processors
 
-from fastrlhf import preferences
+from fastrlhf import RewardConfig, preferences
 from fastrlhf.comparisons import PairedTexts, RatedTexts
 from fastrlhf.data import PromptSet
 from fastrlhf.errors import UserError
-from fastrlhf.preferences import load_preferences, rated_snippets, tokenize_preferences
+from fastrlhf.preferences import (
+    load_preferences,
+    rated_snippets,
+    split_preferences,
+    tokenize_preferences,
+)
 from fastrlhf.rewards.model import RewardModel
 
 TEMPLATE = (
@@ -149,3 +155,22 @@ def test_movie_pairs_are_the_published_ratings(monkeypatch, tmp_path):
         info.size = len(inner.getvalue())
         archive.addfile(info, io.BytesIO(inner.getvalue()))
     assert rated_snippets(path) == [(2.25, "Good film"), (-1.5, "Bad film")]
+
+
+def test_held_out_rows_are_not_trained_on():
+    pair = {"prompt": "a ", "chosen": "b", "rejected": "c"}
+    other = {"prompt": "a ", "chosen": "d", "rejected": "e"}
+    apart = preferences.without([pair, other], [{"prompt": "a ", "chosen": "x", "rejected": "c"}])
+    assert apart == [other], "one text in common is one too many"
+    rated = [{"prompt": x, "completion": "y", "rating": r} for x in "pq" for r in (1, 2)]
+    apart = preferences.without(rated, [{"prompt": "p", "completion": "z", "rating": 1}])
+    assert {row["prompt"] for row in apart} == {"q"}, "a prompt of ratings is on one side"
+    tokenizer, config = tiny.tokenizer(), RewardConfig()
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        train, held_out = split_preferences([pair, other], [pair], tokenizer, config, 64)
+    assert len(train) == len(held_out) == 1
+    with pytest.raises(UserError, match="every row of the data is in eval_dataset"):
+        split_preferences([pair], [pair], tokenizer, config, 64)
+    close = [{"prompt": "p", "completion": x, "rating": r} for x, r in (("a", 0.1), ("b", 0.2))]
+    with pytest.raises(UserError, match=r"more than rating_gap \(1\)"):
+        split_preferences(close, None, tokenizer, replace(config, rating_gap=1.0), 64)

@@ -115,6 +115,28 @@ def test_coroutines(monkeypatch):
         ask(never, reward_timeout=0.05, reward_retries=1)
 
 
+def test_a_lost_line_is_asked_again_whatever_its_client_calls_it():
+    class ConnectError(Exception):
+        """As httpx's: neither a ConnectionError nor a TimeoutError."""
+
+    calls = []
+
+    async def flaky(completions, **_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ConnectError("no route")
+        return [0.5] * len(completions)
+
+    async def wrong(**_):
+        calls.append(1)
+        raise KeyError("x")
+
+    assert ask(flaky) == [0.5] and len(calls) == 2
+    with pytest.raises(UserError, match="raised KeyError"):
+        ask(wrong)
+    assert len(calls) == 3
+
+
 def test_within_an_event_loop():
     async def answer():
         return 3

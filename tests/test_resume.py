@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from fastrlhf import GRPOConfig, PPOConfig, UserError
 from fastrlhf.configs import CONFIGS
+from fastrlhf.rewards.monitor import HackingMonitor
 from fastrlhf.trainers import TRAINERS
 
 PROMPTS = [{"prompt": a + b} for a in "abcdefgh" for b in "ijklmnop"]
@@ -253,3 +254,21 @@ def test_a_damaged_checkpoint_that_was_chosen_names_the_others(tmp_path):
     (chosen / "state.json").write_text("{}")
     with pytest.raises(UserError, match="choose another: step-000002"):
         make(tmp_path, total_episodes=96).train(resume_from_checkpoint=chosen)
+
+
+def test_what_came_from_python_is_not_taken_from_the_settings(tmp_path):
+    """The reward of `make` is a function: on the command line the run would go on with another."""
+    cut_off(tmp_path)
+    again = make(tmp_path)
+    again.folder.given = dict.fromkeys(again.folder.given)
+    with pytest.raises(UserError, match=r"was given its (train dataset|reward) from Python"):
+        again.train(resume_from_checkpoint=True)
+    make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_gold_judges_own_state_is_kept():
+    first, again = (HackingMonitor(PPOConfig(), Counting()) for _ in range(2))
+    first.gold.judge(["a"], ["b"], [[1]], [{}])
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    (objective,) = again.gold.objectives
+    assert objective.function.calls == 1

@@ -249,6 +249,8 @@ def test_moments_begin_with_the_first_judgement():
 def test_columns_do_not_change_what_a_reward_was_set_to():
     scorer = RewardScorer("length_band(1, 2)")
     assert scorer.judge(["p"], ["one two"], [[1]], [{"low": 50, "high": 60}]) == [1.0]
+    # Nor what it was left at.
+    assert RewardScorer("repetition").judge(["p"], ["one two"], [[1]], [{"n": "three"}]) == [0.0]
     for name in ("prompts", "completions", "completion_ids"):
         with pytest.raises(UserError, match=f"has a column '{name}'.*rename it"):
             scorer.judge(["p"], ["one two"], [[1]], [{name: 1}])
@@ -258,3 +260,9 @@ def test_a_folder_does_not_hide_a_shipped_reward(tmp_path, monkeypatch):
     (tmp_path / "sentiment").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_reward("sentiment") is sentiment
+
+
+def test_a_folder_that_is_not_there():
+    for name in ("/nowhere/runs/reward", "runs/reward/model"):
+        with pytest.raises(UserError, match=f"no folder '{name}'"):
+            load_reward(name)
