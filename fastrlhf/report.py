@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,16 @@ def findings(run: RunRecord) -> str:
     return "\n".join(parts)
 
 
+def of_task(line: Mapping[str, Any]) -> str:
+    task = line.get("task")
+    return line["prompt"] if task is None else f"{task}: {line['prompt']}"
+
+
 def samples(run: RunRecord) -> str:
     """A row a prompt: its answer at the first, the middle and the last evaluation."""
     # A run that went on from a checkpoint wrote some twice: the later counts.
-    # A prompt is there for each task or mode.
-    of = ("task", "mode")
-    said = {
-        (line["step"], " · ".join([*(line[k] for k in of if k in line), line["prompt"]])): line
-        for line in run.samples
-    }
+    # Of a meta-training a prompt is there for each task.
+    said = {(line["step"], of_task(line)): line for line in run.samples}
     steps = [step[0] for step in spread([[s] for s in sorted({step for step, _ in said})])]
     prompts = list(dict.fromkeys(prompt for _, prompt in said))[:PROMPTS]
     if not prompts:

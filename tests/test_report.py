@@ -105,6 +105,15 @@ def test_the_first_the_middle_and_the_last_answer(tmp_path):
     assert report.spread([1]) == [1] and report.spread([1, 2]) == [1, 2] and report.spread([]) == []
 
 
+def test_a_prompt_of_several_tasks_is_shown_for_each(tmp_path):
+    folder = make_run(tmp_path / "mine", 2)
+    line = {"step": 0, "prompt": "The", "score": 0.5}
+    lines = [line | {"task": task, "completion": f"as {task}"} for task in ("glad", "short")]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    found = written(folder).text
+    assert all(x in found for x in ("glad: The", "short: The", "as glad", "as short"))
+
+
 def test_a_run_that_nobody_watched_says_nothing_of_hacking(tmp_path):
     assert "hacking" not in written(make_run(tmp_path / "mine", 2)).text
 
