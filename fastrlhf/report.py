@@ -164,6 +164,7 @@ def findings(run: RunRecord) -> str:
 
 
 def of_task(line: Mapping[str, Any]) -> str:
+    """A sample's prompt, and for which task it was answered."""
     task = line.get("task")
     return line["prompt"] if task is None else f"{task}: {line['prompt']}"
 

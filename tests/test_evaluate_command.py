@@ -89,13 +89,14 @@ def test_several_rewards_and_samples_side_by_side(run):
 
 
 def test_a_sum_is_shown_by_objective(run):
-    words = ["--reward", "mine.py:letters", "--reward", "sentiment + 0.5*repetition"]
+    words = ["--reward", "mine.py:letters", "--reward", "sentiment + 0.5*length_band(1, 2)"]
     status, out, err = run("lora", *words, "--prompts", "5", "--json")
     assert status == 0, err
-    total = "sentiment + 0.5*repetition"
+    total = "sentiment + 0.5*length_band(1, 2)"
     found = {k: v["policy"]["value"] for k, v in json.loads(out)["rewards"].items()}
-    parts = [found[f"{total}: {name}"] for name in ("sentiment", "repetition")]
+    parts = [found[f"{total}: {name}"] for name in ("sentiment", "length_band")]
     assert found[total] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-6)
+    assert parts[1] > 0, "else the weight is not seen"
     assert len(found) == 4
 
 

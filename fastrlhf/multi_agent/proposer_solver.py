@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from statistics import fmean
 from typing import Literal
 
@@ -71,12 +72,13 @@ class ProposerSolver:
         require(one_in >= 2, "one_in must be at least 2")
         self.largest, self.tries, self.pays, self.examples = largest, tries, pays, examples
         self.one_in, self.solver_sees = one_in, solver_sees
-        kinds = {self.is_held_out((a, b)) for a in range(1, largest + 1) for b in range(1, a + 1)}
-        require(
-            len(kinds) == 2,
-            f"of the sums up to {largest} + {largest}, one in {one_in} leaves none to "
-            f"{'train on' if True in kinds else 'hold out'}; raise largest or change one_in",
-        )
+        for kind, use in ((False, "train on"), (True, "hold out")):
+            sums = combinations_with_replacement(range(1, largest + 1), 2)
+            require(
+                any(self.is_held_out(problem) == kind for problem in sums),
+                f"of the sums up to {largest} + {largest}, one in {one_in} leaves none to {use}; "
+                "raise largest or change one_in",
+            )
         self.max_turns = 1 + tries
         digits = len(str(largest))
         # Each digit may be a token, and the line's end is one.

@@ -65,14 +65,16 @@ class ClassifierReward:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        if not Path(name).is_dir():
-            check_hub(name)
         try:
+            if not Path(name).is_dir():
+                check_hub(name)
             model = AutoModelForSequenceClassification.from_pretrained(name).eval()
             model = model.to("cuda" if torch.cuda.is_available() else "cpu")
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            # The hub's own words: what `check_hub` says is of language models.
+            said = error.__cause__ if isinstance(error, UserError) else error
+            reason = " ".join(str(said).split())[:200]
             raise UserError(
                 f"the classifier {name!r} cannot be loaded ({reason}): give a folder that "
                 "`fastrlhf reward` wrote, or a model for sequence classification"
