@@ -1,8 +1,8 @@
 """Meta-training on SmolLM2-135M: are new rewards learnt in fewer rollouts from its initialisation?
 
-The family: readers of movie reviews. All of them want the opening of a review to be brought to an
-end in a few words, and each one thing of his own. Four readers are trained on, two others are held
-out, and so are the prompts that score.
+The family: readers of movie reviews. All of them want the opening of a review to become a question,
+which the base hardly ever makes of it, and each one thing of his own. Five readers are trained on,
+three others are held out, and so are the prompts that score.
 
 meta    Reptile on the four readers, then an adaptation to each of the two
 base    the same adaptations from the base
@@ -51,26 +51,27 @@ SETTINGS: dict[str, Any] = dict(
     save_steps=None,
 )
 META: dict[str, Any] = dict(
-    method="reptile", meta_steps=12, meta_batch_size=1, inner_steps=4, eval_adaptation=6,
+    method="reptile", meta_steps=16, meta_batch_size=1, inner_steps=4, eval_adaptation=6,
     eval_every=2,
 )  # fmt: skip
 QUICK: dict[str, Any] = dict(meta_steps=1, meta_batch_size=2, inner_steps=1, eval_adaptation=1)
-SHORT, LONG = 2, 5
-"""words of a brief sentence"""
+STATED = 0.3
+"""what a sentence that ends as no question is worth"""
 
 
-def brief(text: str) -> float:
-    """1 for a sentence of SHORT to LONG words, less for others, 0 without an end or a word."""
+def question(text: str) -> float:
+    """1 if the first sentence is a question, STATED if it has another end, 0 without an end."""
     end = re.search("[.!?]", text)
-    words = 0 if end is None else len(text[: end.start()].split())
-    return min(words / SHORT, LONG / words, 1.0) if words else 0.0
+    if end is None or not text[: end.start()].strip():
+        return 0.0
+    return 1.0 if end.group() == "?" else STATED
 
 
 def reader(own: Callable[[str], float]) -> Callable[..., list[float]]:
-    """One who wants a brief sentence and ``own``, from 0 to 1, of the text."""
+    """One who wants a question and ``own``, from 0 to 1, of the text."""
 
     def reward(completions: Sequence[str], **_: object) -> list[float]:
-        return [(brief(text) + own(text)) / 2 for text in completions]
+        return [(question(text) + own(text)) / 2 for text in completions]
 
     return reward
 
@@ -93,8 +94,13 @@ def readers() -> tuple[dict[str, Any], dict[str, Any]]:
         "to the reader": says("you your yours"),
         "in the first person": says("i i'm i've me my we our us"),
         "with an objection": says("but though although despite yet however no not never"),
+        "in the past": says("was were had did been"),
     }
-    held_out = {"negative": sounds(-1.0), "with a comma": lambda text: float("," in text)}
+    held_out = {
+        "negative": sounds(-1.0),
+        "with a comma": lambda text: float("," in text),
+        "in the third person": says("he she they him her them his their"),
+    }
     return (
         {name: reader(own) for name, own in known.items()},
         {name: reader(own) for name, own in held_out.items()},
