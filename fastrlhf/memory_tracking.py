@@ -179,7 +179,12 @@ def without_data(
     return None
 
 
-HEAD_OPS = ("linear_logprobs", "linear_logprobs_backward", "linear_policy_loss")
+HEAD_OPS = (
+    "linear_logprobs",
+    "linear_logprobs_backward",
+    "linear_policy_loss",
+    "linear_policy_loss_",
+)
 """our operators with a head inside"""
 
 
@@ -197,7 +202,7 @@ def head_workspace(
     hidden, weight, vocab = given["hidden"], given["weight"], given["valid_vocab"]
     (count, size), copies = hidden.shape, 1 if given["ref_hidden"] is None else 2
     differentiates = name == "linear_logprobs_backward" or (
-        name == "linear_policy_loss"
+        name.startswith("linear_policy_loss")
         and any(given[f"needs_{x}"] for x in ("hidden", "weight", "bias"))
     )
     if device != "cpu":

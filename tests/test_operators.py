@@ -40,6 +40,10 @@ def policy(p, spec=SPEC, **options):
     ).loss  # fmt: skip
 
 
+def summed(p, **options):
+    return policy(p, weight_grad=torch.zeros(p.weight.shape), **options)
+
+
 def plain(p, **options):
     logits = p.hidden @ p.weight.T
     ref = p.ref_hidden @ p.ref_weight.T
@@ -81,6 +85,7 @@ OPERATORS = {
     "linear_logprobs": ("linear_logprobs", "_forward", linear, (0, 1, 2)),
     "linear_logprobs_backward": ("linear_logprobs", "_backward", linear, ()),
     "linear_policy_loss": ("linear_policy_loss", "_forward", policy, (0, 1, 2)),
+    "linear_policy_loss_": ("_policy_loss_operator", "_forward_", summed, ()),
     "logprobs": ("logprobs", "_forward", plain, (0,)),
     "logprobs_backward": ("logprobs", "_backward", plain, ()),
     "logprobs_backward_": (

@@ -13,7 +13,7 @@ goes through csrc's own product with float32 sums. Statistics alone keep the log
 where a gradient follows, the tiles of a whole chunk lie one after another in the workspace.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -163,16 +163,21 @@ class Chunk(NamedTuple):
 
 
 class HeadGradients:
-    """float32 accumulators of what the inputs need; None for what they do not."""
+    """float32 accumulators of what the inputs need; None for what they do not.
 
-    def __init__(self, inputs: HeadInputs, needs: tuple[bool, bool, bool]) -> None:
+    weight: one that is there already, and is added to.
+    """
+
+    def __init__(
+        self, inputs: HeadInputs, needs: Sequence[bool], weight: Tensor | None = None
+    ) -> None:
         def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
             if not needed or x is None:
                 return None
             return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
         self.hidden = zeros(inputs.hidden, needs[0])
-        self.weight = zeros(inputs.weight, needs[1])
+        self.weight = weight if weight is not None else zeros(inputs.weight, needs[1])
         self.bias = zeros(inputs.bias, needs[2])
         self.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 

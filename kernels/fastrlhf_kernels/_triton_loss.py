@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head import HeadInputs, HeadOptions
+from ._head import HeadGradients, HeadInputs, HeadOptions
 from ._records import TABLE_COLUMNS
 from ._triton_head_gradient import float32_product
 from ._triton_rows import row_statistics
@@ -153,20 +153,14 @@ def loss_in_forward(
     rows: Tensor,
     options: HeadOptions,
     tokens: Any,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The table of `rows`, and float32 gradients of hidden, weight and bias where needed.
+    gradients: HeadGradients,
+) -> Tensor:
+    """The table of `rows`; adds to the gradients of hidden, weight and bias.
 
-    tokens: the `_Tokens` of linear_policy_loss, which say what the loss of a row is.
+    tokens: the `Tokens` of _policy_loss_operator, which say what the loss of a row is.
     """
-    chunks = _Chunks(inputs, rows, options, any(needs))
+    chunks = _Chunks(inputs, rows, options, gradients.needed())
     table = torch.empty(rows.numel(), TABLE_COLUMNS, dtype=torch.float32, device=rows.device)
-    gradients = [
-        torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        if needed and x is not None
-        else None
-        for x, needed in zip(inputs[:3], needs, strict=True)
-    ]
     transform: dict[str, Any] = {
         "logit_scale": options.logit_scale,
         "softcap": options.softcap,
@@ -179,7 +173,7 @@ def loss_in_forward(
         given = (logits, ref_logits, inputs.targets[chunk], chunks.bias, chunks.ref_bias)
         temperature = inputs.temperature[chunk]
         row_statistics(*given, temperature, part, **transform)
-        if not any(needs):
+        if not gradients.needed():
             continue
         coefficients = _coefficients(tokens, part, span)
         active = (coefficients != 0).any(-1).nonzero().squeeze(-1)
@@ -190,11 +184,11 @@ def loss_in_forward(
         scaled = coefficients if scale == 1.0 else coefficients * scale
         row_gradient(*given, temperature, part, scaled, slots, gradient, **transform)
         _accumulate(gradients, gradient, chunks, hidden[active], chunk[active], 1 / scale)
-    return table, tuple(gradients)
+    return table
 
 
 def _accumulate(
-    gradients: list[Tensor | None],
+    gradients: HeadGradients,
     gradient: Tensor,
     chunks: _Chunks,
     hidden: Tensor,
@@ -202,7 +196,7 @@ def _accumulate(
     alpha: float,
 ) -> None:
     """Add what alpha times the gradient of a chunk's logits [m, V] gives the three."""
-    on_hidden, on_weight, on_bias = gradients
+    on_hidden, on_weight, on_bias = gradients.hidden, gradients.weight, gradients.bias
     assert chunks.weight is not None
     if on_hidden is not None:
         total: Tensor | None = None
