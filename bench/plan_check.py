@@ -39,6 +39,7 @@ def measure(name: str) -> dict[str, Any]:
     # What a run would import on its way is there before it is measured.
     import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
     import transformers.integrations.bitsandbytes
     import transformers.models.llama.modeling_llama
     import transformers.quantizers.quantizer_bnb_4bit  # noqa: F401

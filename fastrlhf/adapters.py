@@ -2,29 +2,45 @@
 
 PEFT makes, names and writes them. Which of them compute is set on the layers themselves: PEFT's own
 switch also changes which parameters require a gradient, and with it what the optimizer sees.
+
+PEFT is imported with the first adapter. It imports bitsandbytes, and that torch's compiler: 55 MB
+and seconds that full training has no use for.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_file import AdapterFile
 from .errors import UserError
-from .lora_linear import fuse
 
-__all__ = ["Adapters", "LoraSettings"]
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    from .adapter_file import AdapterFile
+
+__all__ = ["Adapters", "LoraSettings", "carries_adapters"]
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether there are adapters of PEFT on a model; there are none where PEFT is not imported."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(m, PeftModel | BaseTunerLayer) for m in model.modules())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -43,6 +59,8 @@ class LoraSettings:
 
         No dropout (docs/math.md, 5.12).
         """
+        from peft import LoraConfig
+
         decoder = model.get_decoder()
         # A linear layer that carries an adapter already is called base_layer within its wrapper.
         names = [n.removesuffix(".base_layer") for n, m in decoder.named_modules() if is_linear(m)]
@@ -81,6 +99,11 @@ class Adapters:
 
     def add(self, name: str, config: LoraConfig) -> None:
         """A new adapter that changes nothing yet: its second matrix is zero."""
+        from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        from .lora_linear import fuse
+
         try:
             if self.peft is None:
                 self.peft = get_peft_model(self.model, config, adapter_name=name)
@@ -99,8 +122,7 @@ class Adapters:
     def copy(self, source: str, name: str) -> None:
         """A new adapter with the weights of another."""
         assert self.peft is not None
-        config = self.peft.peft_config[source]
-        assert isinstance(config, LoraConfig)
+        config: Any = self.peft.peft_config[source]
         self.add(name, config)
         for ours, theirs in zip(self.parameters(name), self.parameters(source), strict=True):
             ours.copy_(theirs)
@@ -119,6 +141,8 @@ class Adapters:
 
     def fill(self, name: str, state: dict[str, Tensor]) -> list[str]:
         """Give an adapter the weights of a file, in place; the names that only one of them has."""
+        from peft import set_peft_model_state_dict
+
         assert self.peft is not None
         missed: Any = set_peft_model_state_dict(self.peft, state, adapter_name=name)
         absent = [key for key in missed.missing_keys if f".{name}." in key]

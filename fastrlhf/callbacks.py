@@ -4,21 +4,47 @@ Events: on_train_begin, on_step_begin, on_step_end, on_log (logs), on_evaluate (
 on_train_end. A step is one rollout with its updates. The trainer obeys what a callback sets in
 `control` in on_step_end: should_evaluate, should_save, should_training_stop. Deviation: `args` is
 our config, and `state.log_history` stays empty (metrics.jsonl is that).
+
+transformers' callbacks bring PEFT and bitsandbytes with them, 55 MB: they are imported where there
+are callbacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ExportableState
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .config import PPOConfig
 from .errors import UserError
 
-__all__ = ["Callbacks"]
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["Callbacks", "make_trackers"]
+
+
+@dataclass
+class State:
+    """Of transformers' `TrainerState` what a run without callbacks keeps."""
+
+    max_steps: int
+    eval_steps: int
+    global_step: int = 0
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+
+
+@dataclass
+class Control:
+    """Of transformers' `TrainerControl` what a trainer reads: nobody asks for anything."""
+
+    should_training_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
 
 
 class Callbacks:
@@ -36,19 +62,26 @@ class Callbacks:
         config: PPOConfig,
         **given: Any,
     ):
+        self.config = config
+        self.given = given
         self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
+        self.state: Any = State(config.steps, config.eval_steps or config.steps)
+        self.control: Any = Control()
+        if self.callbacks:
+            self.adopt()
+
+    def adopt(self) -> None:
+        """Keep transformers' own state and control: somebody looks at them."""
+        from transformers import TrainerCallback, TrainerControl, TrainerState
+
         for callback in self.callbacks:
             if not isinstance(callback, TrainerCallback):
                 raise UserError(
                     f"callbacks: {type(callback).__name__} is no transformers.TrainerCallback; "
                     "derive it from that class"
                 )
-        self.config = config
-        self.given = given
-        self.state = TrainerState(
-            max_steps=config.steps, eval_steps=config.eval_steps or config.steps
-        )
-        self.control = TrainerControl()
+        self.state = TrainerState(**vars(self.state))
+        self.control = TrainerControl(**vars(self.control))
 
     def step_begin(self, number: int) -> None:
         """Step ``number`` begins: what was asked for in the last is done."""
@@ -65,7 +98,7 @@ class Callbacks:
         }
         own: dict[str, Any] = {}
         for name, callback in self.named():
-            if isinstance(callback, ExportableState):
+            if is_exportable(callback):
                 own[name] = callback.state()["attributes"]
             elif hasattr(callback, "state_dict"):
                 own[name] = callback.state_dict()
@@ -78,7 +111,7 @@ class Callbacks:
         for name, callback in self.named():
             if name not in held["callbacks"]:
                 continue
-            if isinstance(callback, ExportableState):
+            if is_exportable(callback):
                 for attribute, value in held["callbacks"][name].items():
                     setattr(callback, attribute, value)
             elif hasattr(callback, "load_state_dict"):
@@ -89,8 +122,42 @@ class Callbacks:
 
     def __call__(self, event: str, **given: Any) -> None:
         """Call ``event`` on every callback; one that returns a control replaces it."""
+        if not self.callbacks:
+            return
+        from transformers import TrainerControl
+
+        if isinstance(self.state, State):
+            # They were appended later.
+            self.adopt()
         for callback in self.callbacks:
             call = getattr(callback, event)
             answer = call(self.config, self.state, self.control, **self.given, **given)
             if isinstance(answer, TrainerControl):
                 self.control = answer
+
+
+def is_exportable(callback: Any) -> bool:
+    """Whether a callback keeps a state in transformers' own way."""
+    from transformers.trainer_callback import ExportableState
+
+    return isinstance(callback, ExportableState)
+
+
+def make_trackers(config: PPOConfig, folder: Path, name: str) -> list[TrainerCallback]:
+    """The trackers that `config.report_to` names; nothing is imported yet.
+
+    Raises:
+        UserError: a package that is not installed.
+    """
+    if not config.trackers:
+        return []
+    from .trackers import TRACKERS
+
+    made: list[TrainerCallback] = []
+    for tracker in (TRACKERS[named] for named in config.trackers):
+        if find_spec(tracker.package) is None:
+            raise UserError(
+                f"report_to: {tracker.package} is not installed; run: pip install {tracker.package}"
+            )
+        made.append(tracker(folder, name))
+    return made

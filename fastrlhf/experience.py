@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrlhf_kernels import linear_logprobs
+from fastrlhf_kernels import PolicyLossSpec, linear_logprobs
 
 from .backbone import Role, SharedBackbone
 from .config import PPOConfig
-from .losses import head_arguments, reference_arguments
+from .losses import (
+    MicrobatchLoss,
+    head_arguments,
+    microbatch_loss,
+    reference_arguments,
+    shares,
+)
 from .microbatches import Layout
 from .trunk_cache import TrunkCache, on_device
 from .types import Experience, Forward, Microbatch, Rollout
@@ -164,6 +171,28 @@ def gather(backbone: SharedBackbone, experience: Experience, layout: Layout) -> 
         ref_logprobs=None if experience.ref_logprobs is None else taken(experience.ref_logprobs),
         ref_hidden=ref_hidden,
     )
+
+
+def minibatch_losses(
+    backbone: SharedBackbone,
+    experience: Experience,
+    layouts: Iterable[Layout],
+    spec: PolicyLossSpec,
+    config: PPOConfig,
+    num_items: int,
+    num_policy_items: int,
+) -> Iterator[Callable[[], MicrobatchLoss]]:
+    """What makes the shares of a minibatch's loss, each with a graph of its own; see `shares`.
+
+    A microbatch is gathered when its first share is asked for, and once: without a trunk cache the
+    frozen layers are run for it. ``num_items``, ``num_policy_items``: see `microbatch_loss`.
+    """
+    kinds, items = shares(backbone, config), (num_items, num_policy_items)
+    for layout in layouts:
+        batch = gather(backbone, experience, layout)
+        for kind in kinds:
+            yield partial(microbatch_loss, backbone, batch, spec, config, *items, kind)
+        del batch
 
 
 @torch.no_grad()

@@ -22,11 +22,10 @@ a mode whose instruction makes a prompt too long.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from .backbone import SharedBackbone
 from .config import PPOConfig, checked_class
@@ -41,6 +40,9 @@ from .rewards.functions import RewardFunction
 from .rollout.groups import GroupSampler, Sampled
 from .trainer import PPOTrainer
 from .types import Prompts, Rollout
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["HierarchicalTrainer", "ModeEngine", "ModePrompts"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from .adapters import LoraSettings
@@ -87,10 +87,15 @@ def with_library_configs(
                 "one of them out"
             )
         config = replace(config, quantization=asked)
+    if config.use_peft or config.critic == "adapter":
+        # Before a phase's memory is measured: what is imported counts as none's.
+        import_module("peft")
     return config
 
 
 def with_lora(config: PPOConfig, model: Any, asked: Any) -> PPOConfig:
+    from peft import LoraConfig
+
     if not isinstance(asked, LoraConfig):
         raise UserError(f"peft_config is a {type(asked).__name__}; give a peft.LoraConfig")
     if not config.use_peft:
@@ -156,9 +161,9 @@ def refuse_others(
 def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackbone:
     """Load ``source`` as ``config`` says and add what trains."""
     found: Any = source
-    if device == "cpu" and spares_memory(config):
+    if device == "cpu":
         # Before the weights come: reading them for a quantised model is its largest phase.
-        map_large_blocks()
+        map_large_blocks(sparing=spares_memory(config))
     return SharedBackbone.load(
         found,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,

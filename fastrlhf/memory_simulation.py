@@ -4,7 +4,7 @@ The backbone is loaded as the trainer loads it, of tensors without data. Each ph
 through the engine, `score` and the update as in training, under a `StorageTracker`. Counted instead
 of run:
 
-1. The optimizer's state, by the sizes that its make documents; torch's own AdamW is run.
+1. The optimizer's state, by the sizes that its make documents; no make holds temporaries.
 2. Of a response's decoding steps, only the last: its caches are full, and all slots in use.
 3. Of a rollout's and a minibatch's microbatches, the first two. They are the longest, and what
    one leaves behind is there in the second.
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +30,11 @@ from .algorithms import ALGORITHMS
 from .config import PPOConfig
 from .controllers import AlgorithmState
 from .errors import UserError
-from .experience import gather, score
+from .experience import minibatch_losses, score
 from .loading import load_backbone
-from .losses import MicrobatchLoss, microbatch_loss
 from .memory_shapes import ShapeOnly
 from .memory_tracking import StorageTracker, running_as, tensor_bytes
 from .microbatches import Layout, Sequences, cut
-from .optim import make_optimizer
 from .rollout.draft import Draft
 from .rollout.engines import cache_length, own_engine
 from .rollout.steps import FamilySteps
@@ -189,14 +186,10 @@ class Simulation:
             "value head": heads,
         }
         self.peaks["load"] = self.tracker.live
-        self.optimizer: torch.optim.Optimizer
-        if self.config.optim == "adamw_torch":
-            self.optimizer = make_optimizer(trained, self.config)
-        else:
-            self.optimizer = NoSteps(trained)
+        self.optimizer = NoSteps(trained)
         state = optimizer_bytes(trained, self.config.optim, self.kind)
         # From the second rollout on it is there in every phase.
-        self.state = torch.empty(state * (self.config.optim != "adamw_torch"), dtype=torch.uint8)
+        self.state = torch.empty(state, dtype=torch.uint8)
         self.components["optimizer state"] = state
         gradients = [p.numel() * p.element_size() for p in trained]
         in_backward = self.config.optimizer_in_backward
@@ -309,13 +302,10 @@ class Simulation:
         spec = ALGORITHMS[config.algorithm].spec(config, 1.0, AlgorithmState.of(config))
         layouts = self.cut(experience.sequences, config.batch_size // config.num_mini_batches)
 
-        def loss(layout: Layout) -> MicrobatchLoss:
-            batch = gather(self.backbone, experience, layout)
-            return microbatch_loss(self.backbone, batch, spec, config, config.batch_size)
-
         schedule: Any = NoSchedule()
         before = self.tracker.live
         updater = Updater(self.optimizer, schedule, config)
-        updater.update([partial(loss, layout) for layout in layouts])
+        items = (config.batch_size, config.batch_size)
+        updater.update(minibatch_losses(self.backbone, experience, layouts, spec, config, *items))
         held = self.tracker.peak - before - self.components["gradients"]
         self.components["activations of a microbatch"] = max(0, held)

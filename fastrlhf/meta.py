@@ -29,11 +29,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fastrlhf_kernels import PolicyLossSpec
 
@@ -45,13 +44,16 @@ from .data import PromptSet, load_rows
 from .evaluation import Evaluation, evaluate
 from .identity import identity
 from .loading import tokenized_prompts
-from .losses import MicrobatchLoss
+from .losses import MinibatchLoss
 from .meta_config import MetaConfig, check_length
 from .meta_curves import Adaptation, Line, mean_line, mean_of
 from .meta_tasks import Task, Tasks, TaskSource, Turn, deal, read_task, read_tasks, unjudged
 from .meta_update import GradientRecorder, OuterStep, SkippedTasks, copies, restore
 from .trainer import PPOTrainer
 from .types import Experience
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["MetaTrainer"]
 
@@ -236,11 +238,11 @@ class MetaTrainer(PPOTrainer):
 
     def epochs(
         self, experience: Experience, minibatches: list[Tensor], spec: PolicyLossSpec
-    ) -> list[MicrobatchLoss]:
+    ) -> list[MinibatchLoss]:
         """`PPOTrainer.epochs`; where gradients are recorded, one pass: no step moves the policy."""
         if self.recorder is None:
             return super().epochs(experience, minibatches, spec)
-        losses: list[MicrobatchLoss] = []
+        losses: list[MinibatchLoss] = []
         for rows in minibatches:
             losses += self.update(experience, rows, spec, first=not losses)
         return losses
@@ -334,10 +336,8 @@ class MetaTrainer(PPOTrainer):
 
         Every curve is told, and a line of curves.jsonl.
         """
-        steps, every = (
-            self.config.eval_adaptation or self.config.inner_steps,
-            self.config.eval_every,
-        )
+        config = self.config
+        steps, every = config.eval_adaptation or config.inner_steps, config.eval_every
         made = [self.adapt(task.name, steps, every=every) for task in self.eval_tasks]
         for one in made:
             scores = {"task": one.task, "after": one.steps, "score": one.scores}

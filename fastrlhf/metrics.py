@@ -18,7 +18,7 @@ from torch import Tensor
 from .advantages import explained_variance
 from .errors import UserError
 from .host_memory import return_freed_memory
-from .losses import MicrobatchLoss
+from .losses import MinibatchLoss
 from .pretrained import write_through
 from .types import Experience, Rollout
 
@@ -157,7 +157,7 @@ def mean(values: Iterable[Tensor | None]) -> float:
     return float(torch.stack([value for value in values if value is not None]).mean())
 
 
-def update_metrics(losses: Sequence[MicrobatchLoss]) -> dict[str, float]:
+def update_metrics(losses: Sequence[MinibatchLoss]) -> dict[str, float]:
     """What the optimizer steps on a rollout did."""
     policy = [loss.policy.stats for loss in losses]
     return {
@@ -229,7 +229,7 @@ def step_metrics(
     rollout: Rollout,
     scores: Tensor,
     experience: Experience,
-    losses: Sequence[MicrobatchLoss],
+    losses: Sequence[MinibatchLoss],
     kl_coef: float,
 ) -> dict[str, float]:
     """What a step did; names as in docs/math.md, section 5.15.

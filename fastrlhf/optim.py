@@ -48,8 +48,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> tor
                 "adamw_torch would keep its states in the weights' 16 bits, which loses small "
                 "steps; set optim to adamw_8bit"
             )
-        # Of many tensors at once, the step would hold temporaries as large as all of them.
-        return torch.optim.AdamW(parameters, **settings, foreach=False)  # type: ignore[arg-type]
+        # Its other makes hold temporaries: as large as one tensor, or as all of them.
+        return torch.optim.AdamW(parameters, **settings, fused=True)  # type: ignore[arg-type]
     import bitsandbytes
 
     if config.optim == "paged_adamw_8bit":

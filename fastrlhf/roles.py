@@ -22,19 +22,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_file import AdapterFile
-from .adapters import Adapters, LoraSettings
+from .adapters import Adapters, LoraSettings, carries_adapters
 from .errors import UserError, nearest
 from .heads import LanguageModelHead, RewardHead, ValueHead
 from .originals import Adapted, OwnModel, OwnTop
 from .quantization import compute_dequantized, is_quantized
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from .adapter_file import AdapterFile
 
 __all__ = ["Role", "RoleSettings", "Roles"]
 
@@ -107,8 +109,7 @@ class RoleSettings:
 def check_models(model: PreTrainedModel, reference_model: PreTrainedModel | None) -> None:
     """Refuse models with adapters, and a reference whose states or tokens are not the model's."""
     for given in (model, reference_model):
-        carries = (PeftModel, BaseTunerLayer)
-        if given is not None and any(isinstance(m, carries) for m in given.modules()):
+        if given is not None and carries_adapters(given):
             raise UserError(
                 "this model has adapters of PEFT already, so the reference would not be its base; "
                 "load the model anew, or pass the adapter's folder as adapter="
@@ -149,14 +150,13 @@ class Roles(nn.Module):
         else:
             self.base = OwnTop(model, self.top, keep=keep, reference=reference)
         self.adapters = Adapters(self.base.adapted)
-        self.adapter_settings = (lora or LoraSettings()).for_layers(
-            self.base.adapted, list(range(depth - self.top, depth))
-        )
         # The adapters with which each role computes.
         self.roles: dict[Role, tuple[str, ...]] = {"policy": ()}
         if reference:
             self.roles["reference"] = ()
         if adapter is not None:
+            from .adapter_file import AdapterFile
+
             self.start_from(AdapterFile.read(adapter, model, depth - self.top))
         elif lora is not None:
             self.add_adapter("policy", POLICY_ADAPTER)
@@ -190,8 +190,15 @@ class Roles(nn.Module):
         self.adapters_of("reference")
         return self.base.reference_head
 
+    @property
+    def adapter_config(self) -> LoraConfig:
+        """Of a new adapter."""
+        depth = self.model.config.get_text_config().num_hidden_layers
+        layers = list(range(depth - self.top, depth))
+        return (self.lora or LoraSettings()).for_layers(self.base.adapted, layers)
+
     def add_adapter(self, role: Role, name: str) -> None:
-        self.adapters.add(name, self.adapter_settings)
+        self.adapters.add(name, self.adapter_config)
         self.roles[role] = (name,)
 
     def start_from(self, file: AdapterFile) -> None:
@@ -223,7 +230,7 @@ class Roles(nn.Module):
         if start := self.roles.get("reference"):
             self.adapters.copy(start[0], name)
         else:
-            self.adapters.add(name, self.adapter_settings)
+            self.adapters.add(name, self.adapter_config)
         self.roles[name] = (name,)
         self.train_roles(*self.trained_roles, name)
 

@@ -19,7 +19,7 @@ they are, and `NonFiniteStep` says what was found. `skipped_steps.py` counts the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
@@ -100,13 +100,14 @@ class Updater:
 
     def update(
         self,
-        losses: Sequence[Callable[[], P]],
+        losses: Iterable[Callable[[], P]],
         check: Callable[[list[P]], object] = lambda parts: None,
     ) -> tuple[list[P], Tensor]:
         """One step down the sum of ``losses``.
 
         Args:
-            losses: each makes the loss of a microbatch anew; with optimizer_in_backward there is
+            losses: each makes a share of the loss anew, with a graph of its own, and is asked for
+                when the one before has been differentiated; with optimizer_in_backward there is
                 one, and to clip by the norm of all gradients it is called twice.
             check: is given the losses, detached, before any weight changes, and may raise.
 
@@ -118,19 +119,12 @@ class Updater:
             NonFiniteStep: a loss or a gradient that is not finite; nothing has changed.
             SelfCheckError: likewise, where weights are stepped before it is known.
         """
-        if self.in_backward and len(losses) != 1:
-            raise UserError(
-                f"optimizer_in_backward needs a minibatch in one microbatch, and this one has "
-                f"{len(losses)}; raise microbatch_tokens or num_mini_batches, or set "
-                "optimizer_in_backward to false"
-            )
         with self.no_gradients_left():
             if not self.in_backward:
                 parts, norm = self.step_at_the_end(losses, check)
-            elif self.clips_each:
-                parts, norm = self.step_on_arrival(losses[0], check)
             else:
-                parts, norm = self.step_in_second_pass(losses[0], check)
+                step = self.step_on_arrival if self.clips_each else self.step_in_second_pass
+                parts, norm = step(only(losses), check)
         self.schedule.step()
         return parts, norm
 
@@ -140,8 +134,8 @@ class Updater:
             part = make()
             part.loss.backward()
             parts.append(part.detached())
-            # The next microbatch's graph is not made while this one's is held.
-            del part
+            # The next graph is not made while this one is held, nor what it is made of.
+            del part, make
         refuse_broken(parts)
         check(parts)
         gradients = {p: p.grad for p in self.parameters if p.grad is not None}
@@ -267,6 +261,22 @@ class Updater:
     def broken(self, parameter: nn.Parameter, norm: Tensor) -> str:
         name = self.names.get(parameter, f"a weight of shape {list(parameter.shape)}")
         return f"the gradient of {name} has a norm of {float(norm)}"
+
+
+def only(losses: Iterable[Callable[[], P]]) -> Callable[[], P]:
+    """The one loss of a minibatch.
+
+    Raises:
+        UserError: there are several.
+    """
+    made = list(losses)
+    if len(made) != 1:
+        raise UserError(
+            f"optimizer_in_backward needs a minibatch in one microbatch, and this one has "
+            f"{len(made)}; raise microbatch_tokens or num_mini_batches, or set "
+            "optimizer_in_backward to false"
+        )
+    return made[0]
 
 
 def refuse_broken(parts: Sequence[Part]) -> None:

@@ -11,16 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .config import PPOConfig
-from .errors import UserError
-
-__all__ = ["TRACKERS", "Tracker", "make_trackers"]
+__all__ = ["TRACKERS", "Tracker"]
 
 PROJECT = "fastrlhf"
 
@@ -139,22 +135,6 @@ TRACKERS: dict[str, type[Tracker]] = {
     "wandb": WeightsAndBiases,
     "trackio": Trackio,
 }
-
-
-def make_trackers(config: PPOConfig, folder: Path, name: str) -> list[TrainerCallback]:
-    """The trackers that `config.report_to` names; nothing is imported yet.
-
-    Raises:
-        UserError: a package that is not installed.
-    """
-    made: list[TrainerCallback] = []
-    for tracker in (TRACKERS[named] for named in config.trackers):
-        if find_spec(tracker.package) is None:
-            raise UserError(
-                f"report_to: {tracker.package} is not installed; run: pip install {tracker.package}"
-            )
-        made.append(tracker(folder, name))
-    return made
 
 
 def numbers(figures: Mapping[str, Any]) -> dict[str, float]:

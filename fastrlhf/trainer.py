@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fastrlhf_kernels import PolicyLossSpec
 
@@ -28,15 +27,15 @@ from .algorithms import ALGORITHMS
 from .audit import audited
 from .backbone import SharedBackbone
 from .barren_rollouts import BarrenRollouts
-from .callbacks import Callbacks
+from .callbacks import Callbacks, make_trackers
 from .config import PPOConfig, checked_class
 from .controllers import AlgorithmState
 from .data import PromptSet, load_rows
 from .evaluation import Evaluation, evaluate
-from .experience import gather, score
+from .experience import minibatch_losses, score
 from .identity import identity
 from .loading import find_model, load_backbone, tokenized_prompts, with_library_configs
-from .losses import MicrobatchLoss, microbatch_loss, policy_items
+from .losses import MicrobatchLoss, MinibatchLoss, policy_items
 from .metrics import PhaseTimer, RunFolder, step_metrics
 from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
@@ -53,8 +52,10 @@ from .selfcheck import check_experience, check_first_minibatch
 from .skipped_steps import SkippedSteps
 from .step import NonFiniteStep, Updater
 from .summary import Summary, summarize
-from .trackers import make_trackers
 from .types import Experience
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["PPOTrainer"]
 
@@ -240,12 +241,12 @@ class PPOTrainer:
 
     def epochs(
         self, experience: Experience, minibatches: list[Tensor], spec: PolicyLossSpec
-    ) -> list[MicrobatchLoss]:
+    ) -> list[MinibatchLoss]:
         """Every optimizer step on a rollout, until `target_kl`; one summed loss a step.
 
         ``minibatches``: the first epoch's, those that scoring used.
         """
-        losses: list[MicrobatchLoss] = []
+        losses: list[MinibatchLoss] = []
         far = self.config.target_kl
         for epoch in range(self.config.num_ppo_epochs):
             for rows in minibatches if epoch == 0 else self.deal(len(experience)):
@@ -256,7 +257,7 @@ class PPOTrainer:
 
     def update(
         self, experience: Experience, rows: Tensor, spec: PolicyLossSpec, *, first: bool
-    ) -> list[MicrobatchLoss]:
+    ) -> list[MinibatchLoss]:
         """One optimizer step on the sequences ``rows``; the minibatch's summed loss.
 
         ``first``: the policy is still the one that was scored. Nothing happens, and nothing is
@@ -266,31 +267,31 @@ class PPOTrainer:
         num_items = int(mask.sum())
         if num_items == 0:
             return []
-        policy = policy_items(spec, mask, self.config.response_length)
+        items = (num_items, policy_items(spec, mask, self.config.response_length))
         steps = False
 
-        def loss(layout: Layout) -> MicrobatchLoss:
-            batch = gather(self.backbone, experience, layout)
-            return microbatch_loss(self.backbone, batch, spec, self.config, num_items, policy)
+        def step(layouts: list[Layout]) -> tuple[list[MicrobatchLoss], Tensor]:
+            given = (self.backbone, experience, layouts, spec, self.config)
+            return self.updater.update(minibatch_losses(*given, *items), check)
 
         def check(parts: list[MicrobatchLoss]) -> None:
             nonlocal steps
             if first:
-                stats = MicrobatchLoss.added(parts).policy.stats
+                stats = MinibatchLoss.of(parts).policy.stats
                 check_first_minibatch(stats, self.dtype, self.config.old_logprobs)
             steps = True
 
         try:
             parts, norm = self.budget.run(
                 partial(self.cut, experience.sequences, [rows]),
-                lambda layouts: self.updater.update([partial(loss, x) for x in layouts], check),
+                step,
                 lambda: self.updater.can_repeat and not steps,
             )
         except NonFiniteStep as broken:
             self.skipped.skip(broken)
             return []
         self.skipped.taken()
-        return [MicrobatchLoss.added(parts)._replace(grad_norm=norm)]
+        return [MinibatchLoss.of(parts)._replace(grad_norm=norm)]
 
     def batches(self, done: int = 0) -> Iterator[PromptSet]:
         """The batches of prompts after the first ``done``; none in a run that has ended."""

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_trainer import FAST
 from test_trainer import trainer as make
-from transformers import TrainerCallback, TrainerControl
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from fastrlhf import UserError
 from fastrlhf.callbacks import Callbacks
@@ -33,6 +33,19 @@ class Recorder(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.events.append(("train_end", state.global_step))
+
+
+def test_callbacks_that_are_appended_later_see_transformers_own_state(tmp_path):
+    live = make(tmp_path, total_episodes=32)
+    assert not isinstance(live.callbacks.state, TrainerState)
+    live.callbacks.state.best_metric = 0.25
+    live.callbacks.callbacks.append(PrinterCallback())
+    live.callbacks.step_begin(1)
+    assert isinstance(live.callbacks.state, TrainerState)
+    assert isinstance(live.callbacks.control, TrainerControl)
+    state = live.callbacks.state
+    assert (state.best_metric, state.global_step, state.max_steps) == (0.25, 1, 1)
+    live.callbacks("on_log", logs={"step": 1})
 
 
 def train_with(tmp_path, callback, **changes):

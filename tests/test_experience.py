@@ -13,7 +13,7 @@ from fastrlhf.controllers import AlgorithmState
 from fastrlhf.data import PromptSet
 from fastrlhf.experience import gather, score
 from fastrlhf.heads import LanguageModelHead
-from fastrlhf.losses import MicrobatchLoss, microbatch_loss
+from fastrlhf.losses import MinibatchLoss, microbatch_loss
 from fastrlhf.microbatches import cut
 from fastrlhf.rollout.decode import DecodeEngine
 from fastrlhf.types import Experience
@@ -97,7 +97,7 @@ def minibatch_loss(backbone, experience, way, config, rows=ALL):
     gradients = [p.grad for p in backbone.trainable()]
     for parameter in backbone.parameters():
         parameter.grad = None
-    return MicrobatchLoss.added(parts), gradients
+    return MinibatchLoss.of(parts), gradients
 
 
 def learnable(backbone, rollout, config) -> Experience:

@@ -214,4 +214,4 @@ def test_adapters_are_on_the_decoder_not_on_a_vision_tower(tmp_path):
     pairs = zip(backbone.role_parameters("policy"), again.role_parameters("policy"), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     # Where there is nothing beside the decoder, the settings are those of any tool.
-    assert SharedBackbone(tiny.model()).adapter_settings.exclude_modules is None
+    assert SharedBackbone(tiny.model()).adapter_config.exclude_modules is None

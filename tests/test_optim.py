@@ -189,8 +189,8 @@ def test_a_minibatch_of_several_microbatches_stops_the_run_and_names_the_setting
         assert torch.equal(parameter, old)
 
 
-def test_torchs_step_goes_one_tensor_at_a_time():
-    """Of many at once it holds temporaries as large as all of them."""
+def test_torchs_step_holds_no_temporaries():
+    """Of many tensors at once it would hold some as large as all of them."""
     parameters = [torch.nn.Parameter(torch.zeros(3))]
     optimizer = make_optimizer(parameters, PPOConfig(optim="adamw_torch"))
-    assert optimizer.defaults["foreach"] is False
+    assert optimizer.defaults["fused"] is True

@@ -64,7 +64,7 @@ def test_what_was_not_measured_is_left_out():
 
 
 def test_a_package_that_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr("fastrlhf.callbacks.find_spec", lambda name: None)
     config = PPOConfig(model="nowhere/at-all", report_to="wandb", output_dir=str(tmp_path / "run"))
     from fastrlhf import PPOTrainer
 

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
 from ..backbone import SharedBackbone
-from ..callbacks import Callbacks
+from ..callbacks import Callbacks, make_trackers
 from ..config import checked_class
 from ..data import PromptSet
 from ..errors import UserError
@@ -34,7 +33,6 @@ from ..run_keeper import RunKeeper
 from ..run_state import RunState, Stateful
 from ..skipped_steps import SkippedSteps
 from ..step import Updater
-from ..trackers import make_trackers
 from .config import MultiAgentConfig
 from .game import Game, check_game, known_agent, rules_of
 from .learner import Learner
@@ -42,6 +40,9 @@ from .matrix import WinRates, draw_win_rates, win_rates
 from .players import Played, Players
 from .pool import Pool
 from .records import MultiAgentSummary, sample_of
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["MultiAgentTrainer"]
 
