@@ -191,6 +191,15 @@ def test_a_further_policy_starts_as_the_reference_that_started_from_an_adapter(s
     assert not torch.allclose(of_role(backbone, "other"), of_role(backbone, "reference"))
 
 
+def test_every_adapter_has_the_rank_and_alpha_that_were_asked_for():
+    backbone = SharedBackbone(tiny.model(), lora=LoraSettings(3, 7.0), critic="adapter")
+    backbone.add_policy("later")
+    made = backbone.adapters.peft.peft_config
+    assert {name: (x.r, x.lora_alpha) for name, x in made.items()} == dict.fromkeys(
+        ("default", "critic", "later"), (3, 7.0)
+    )
+
+
 @pytest.mark.parametrize("name", ["reference", "default", "left", "a.b", "", *METHODS])
 def test_names_that_a_policy_cannot_have(scene, name):
     backbone = scene.backbone(MODES["lora_top"])
