@@ -7,6 +7,7 @@ import pytest
 import torch
 from signals import Signals, trainer
 
+from fastrlhf import UserError
 from fastrlhf.multi_agent.matrix import win_rates
 
 
@@ -92,3 +93,24 @@ def test_the_matrix_is_that_of_who_plays(tmp_path):
     assert found.mean(1) == 0.5
     found = win_rates(made.players, "listener", 3, seed=1)
     assert found.rates == [[0.5, 0.0, None], [1.0, 0.5, None], [1.0, 1.0, None]]
+
+
+def test_past_selves_on_disk_are_those_that_were_kept(tmp_path):
+    made = pool(tmp_path, [0, 2])
+    state, kept = made.pool.state_dict(), made.pool.kept
+    made.pool.load_state_dict(state)
+    for step, agents in kept.items():
+        for agent, numbers in agents.items():
+            for x, y in zip(made.pool.kept[step][agent], numbers, strict=True):
+                assert torch.equal(x, y)
+    path = made.pool.path(2) / "listener" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="its checksum is not that of what was written"):
+        made.pool.load_state_dict(state)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="a past self, cannot be read"):
+        made.pool.load_state_dict(state)
+    path.unlink()
+    with pytest.raises(UserError, match="a past self, is missing"):
+        made.pool.load_state_dict(state)

@@ -9,6 +9,7 @@ self speaks its numbers are in the agent's own adapter, which then gets its own 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ class Pool:
     ):
         self.backbone, self.agents, self.config, self.folder = backbone, agents, config, folder
         self.kept: dict[int, dict[str, list[Tensor]]] = {}
+        self.sums: dict[int, list[str]] = {}  # a checksum of each agent's numbers
 
     @property
     def steps(self) -> list[int]:
@@ -58,8 +60,9 @@ class Pool:
         if step in self.kept:
             return
         self.kept[step] = {agent: copies(self.own(agent)) for agent in self.agents}
+        self.sums[step] = [checksum(self.kept[step][agent]) for agent in self.agents]
         for oldest in self.steps[: -self.config.pool_size]:
-            del self.kept[oldest]
+            del self.kept[oldest], self.sums[oldest]
         if self.folder is not None:
             names = [name for agent in self.agents for name in self.backbone.adapters_of(agent)]
             with in_place(self.path(step)) as made:
@@ -113,18 +116,18 @@ class Pool:
             fill(self.own(agent), now)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "sums": list(self.sums.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Read the past selves of a run that goes on from its folder.
 
         Raises:
-            UserError: one is missing, or cannot be read.
+            UserError: one is missing, cannot be read, or is not what was written.
         """
-        self.kept = {}
-        for step in state["steps"]:
+        self.kept, self.sums = {}, dict(zip(state["steps"], state["sums"], strict=True))
+        for step, sums in self.sums.items():
             self.kept[step] = {}
-            for agent in self.agents:
+            for agent, known in zip(self.agents, sums, strict=True):
                 path = self.path(step) / agent / ADAPTER
                 if not path.is_file():
                     raise UserError(
@@ -139,6 +142,8 @@ class Pool:
                     raise unusable(path, f"it and the run's adapter differ in {odd[0]}")
                 self.kept[step][agent] = copies(self.own(agent))
                 fill(self.own(agent), now)
+                if checksum(self.kept[step][agent]) != known:
+                    raise unusable(path, "its checksum is not that of what was written")
 
 
 def unusable(path: Path, why: str) -> UserError:
@@ -148,6 +153,13 @@ def unusable(path: Path, why: str) -> UserError:
 def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The parameters' numbers, in host memory."""
     return [p.detach().to("cpu", copy=True) for p in parameters]
+
+
+def checksum(numbers: Sequence[Tensor]) -> str:
+    total = hashlib.sha256()
+    for x in numbers:
+        total.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 @torch.no_grad()
