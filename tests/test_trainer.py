@@ -10,7 +10,7 @@ import tiny_families
 import torch
 
 import fastrlhf.trainer as module
-from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError
+from fastrlhf import PPOConfig, PPOTrainer, SelfCheckError, UserError, experience
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.trunk import positions
 from fastrlhf_kernels import VocabTensorError
@@ -194,14 +194,14 @@ def shift_logprobs(t, monkeypatch):
 
 def shift_positions(t, monkeypatch):
     """The update sees other positions than scoring did."""
-    original = module.microbatch_loss
+    original = experience.microbatch_loss
 
     def update(backbone, *args):
         with monkeypatch.context() as patch:
             patch.setattr("fastrlhf.trunk.positions", lambda mask: positions(mask) * 2)
             return original(backbone, *args)
 
-    monkeypatch.setattr(module, "microbatch_loss", update)
+    monkeypatch.setattr(experience, "microbatch_loss", update)
 
 
 def sample_at_another_temperature(t, monkeypatch):
