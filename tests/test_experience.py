@@ -84,16 +84,17 @@ def test_the_cut_changes_only_rounding(scene, way, estimator):
     assert (again.ref_hidden is None) == (estimator != "exact")
 
 
-def minibatch_loss(backbone, experience, way, config, rows=ALL):
+def minibatch_loss(backbone, experience, way, config, rows=ALL, kinds=("both",)):
     """The loss of a minibatch, summed over its microbatches, and its gradients."""
     spec = ALGORITHMS["ppo"].spec(config, 1.3, AlgorithmState.of(config))
     num_items = int(experience.response_mask[rows].sum())
     parts = []
     for layout in cut(experience.sequences, rows, *way):
         batch = gather(backbone, experience, layout)
-        part = microbatch_loss(backbone, batch, spec, config, num_items)
-        part.loss.backward()
-        parts.append(part.detached())
+        for kind in kinds:
+            part = microbatch_loss(backbone, batch, spec, config, num_items, share=kind)
+            part.loss.backward()
+            parts.append(part.detached())
     gradients = [p.grad for p in backbone.trainable()]
     for parameter in backbone.parameters():
         parameter.grad = None

@@ -8,15 +8,20 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_experience import ALL, CONFIG, learnable, moved_policy, sample_rollout
+from test_experience import (
+    ALL,
+    CONFIG,
+    learnable,
+    minibatch_loss,
+    moved_policy,
+    sample_rollout,
+)
 from test_trainer import trainer
 
 from fastrlhf import GRPOConfig, losses
-from fastrlhf.algorithms import ALGORITHMS
 from fastrlhf.backbone import SharedBackbone
-from fastrlhf.controllers import AlgorithmState
 from fastrlhf.experience import gather
-from fastrlhf.losses import MinibatchLoss, head_gradient, microbatch_loss, shares
+from fastrlhf.losses import head_gradient, microbatch_loss, shares
 from fastrlhf.microbatches import cut
 
 PARTS = ("in_order", 60)
@@ -26,21 +31,8 @@ ADAPTER = replace(CONFIG, critic="adapter")
 
 def differentiated(backbone, experience, config, kinds):
     """A minibatch's loss and the gradients of its shares, of which one graph is held at a time."""
-    spec = ALGORITHMS["ppo"].spec(config, 1.3, AlgorithmState.of(config))
-    count = int(experience.response_mask.sum())
-    parts = []
-    layouts = cut(experience.sequences, ALL, *PARTS)
-    assert len(layouts) > 2
-    for layout in layouts:
-        for kind in kinds:
-            batch = gather(backbone, experience, layout)
-            part = microbatch_loss(backbone, batch, spec, config, count, share=kind)
-            part.loss.backward()
-            parts.append(part.detached())
-    gradients = [p.grad for p in backbone.trainable()]
-    for parameter in backbone.parameters():
-        parameter.grad = None
-    return MinibatchLoss.of(parts), gradients
+    assert len(cut(experience.sequences, ALL, *PARTS)) > 2
+    return minibatch_loss(backbone, experience, PARTS, config, kinds=kinds)
 
 
 def test_a_critic_of_its_own_has_a_share_of_its_own():
