@@ -26,15 +26,15 @@ void pack(const FewRows& work, std::int64_t width, std::int64_t first, std::int6
         work.packed[i * width + row] = row < work.rows ? work.left[row * work.depth + i] : 0.0f;
 }
 
+// total[j][row] += packed[k][row] * right[first + j][k], over all k < depth
 template <int kVectors, int kColumns>
-FASTRLHF_AVX512 void tile(const FewRows& work, std::int64_t first) {
+FASTRLHF_AVX512 void add_products(const float* packed, const float* right, std::int64_t depth,
+                                  std::int64_t first, std::int64_t count,
+                                  float (&total)[kColumns][kVectors * 16]) {
   constexpr int kWidth = kVectors * 16;
-  const std::int64_t depth = work.depth;
-  const std::int64_t count = std::min<std::int64_t>(kColumns, work.columns - first);
   const float* rows[kColumns];
   for (int j = 0; j < kColumns; ++j)
-    rows[j] = work.right + (first + std::min<std::int64_t>(j, count - 1)) * depth;
-  alignas(64) float total[kColumns][kWidth] = {};
+    rows[j] = right + (first + std::min<std::int64_t>(j, count - 1)) * depth;
   // Rows that are a multiple of 2 KiB apart would push each other out of the cache.
   alignas(64) float panel[kColumns][kDepth + kLine];
   for (std::int64_t start = 0; start < depth; start += kDepth) {
@@ -55,8 +55,7 @@ FASTRLHF_AVX512 void tile(const FewRows& work, std::int64_t first) {
       for (std::int64_t k = line; k < end; ++k) {
         __m512 left[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v)
-          left[v] = _mm512_load_ps(work.packed + k * kWidth + v * 16);
+        for (int v = 0; v < kVectors; ++v) left[v] = _mm512_load_ps(packed + k * kWidth + v * 16);
 #pragma GCC unroll 32
         for (int j = 0; j < kColumns; ++j) {
           const __m512 right = _mm512_set1_ps(panel[j][k - start]);
@@ -73,6 +72,26 @@ FASTRLHF_AVX512 void tile(const FewRows& work, std::int64_t first) {
         _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), sum[j][v]));
       }
   }
+}
+
+// What the adapter's first half makes of `left`, scaled: it lies as the packed rows do.
+template <int kVectors, int kColumns>
+void low_tile(const FewRows& work, std::int64_t first) {
+  constexpr int kWidth = kVectors * 16;
+  const std::int64_t count = std::min<std::int64_t>(kColumns, work.rank - first);
+  alignas(64) float total[kColumns][kWidth] = {};
+  add_products<kVectors>(work.packed, work.down, work.depth, first, count, total);
+  for (std::int64_t j = 0; j < count; ++j)
+    for (std::int64_t row = 0; row < kWidth; ++row)
+      work.low[(first + j) * kWidth + row] = work.scale * total[j][row];
+}
+
+template <int kVectors, int kColumns>
+void tile(const FewRows& work, std::int64_t first) {
+  const std::int64_t count = std::min<std::int64_t>(kColumns, work.columns - first);
+  alignas(64) float total[kColumns][kVectors * 16] = {};
+  add_products<kVectors>(work.packed, work.right, work.depth, first, count, total);
+  if (work.rank) add_products<kVectors>(work.low, work.up, work.rank, first, count, total);
   for (std::int64_t row = 0; row < work.rows; ++row) {
     float* out = work.out + row * work.columns + first;
     for (std::int64_t j = 0; j < count; ++j)
@@ -83,12 +102,17 @@ FASTRLHF_AVX512 void tile(const FewRows& work, std::int64_t first) {
 template <int kVectors, int kColumns>
 void product(const FewRows& work) {
   const std::int64_t tiles = (work.columns + kColumns - 1) / kColumns;
+  const std::int64_t low_tiles = (work.rank + kColumns - 1) / kColumns;
   const std::int64_t lines = (work.depth + kLine - 1) / kLine;
 #pragma omp parallel num_threads(work.threads)
   {
 #pragma omp for schedule(static)
     for (std::int64_t line = 0; line < lines; ++line)
       pack(work, kVectors * 16, line * kLine, std::min(work.depth, (line + 1) * kLine));
+    if (low_tiles) {
+#pragma omp for schedule(static)
+      for (std::int64_t i = 0; i < low_tiles; ++i) low_tile<kVectors, kColumns>(work, i * kColumns);
+    }
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < tiles; ++i) tile<kVectors, kColumns>(work, i * kColumns);
   }

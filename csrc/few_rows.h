@@ -6,12 +6,17 @@
 namespace fastrlhf {
 
 // out[rows, columns] <- left[rows, depth] times right[columns, depth] transposed, plus bias[columns]
-// where it is not null. All rows are adjacent; at most kMostRows of them.
+// where it is not null, plus an adapter: scale times (left times down[rank, depth] transposed) times
+// up[columns, rank] transposed; rank 0: none. All rows are adjacent; at most kMostRows of `left`.
 struct FewRows {
   const float *left, *right, *bias;
   float* out;
   std::int64_t rows, columns, depth;
-  float* packed;  // room for `left` with its rows rounded up to kLanes, 64-byte aligned
+  const float *down, *up;
+  std::int64_t rank;
+  float scale;
+  // Room for `left`, and for what `down` makes of it, with rows rounded up to kLanes; 64-byte aligned.
+  float *packed, *low;
   int threads;
 };
 

@@ -6,7 +6,8 @@ activations x and x·Aᵀ alone are kept: x as it came, also where the adapter i
 base is not (PEFT keeps a float32 copy of x for each layer).
 
 PEFT's own layer goes on where this one does not apply: adapters off or several of them, dropout,
-other kinds of adapters, quantised bases, and a base layer with another forward (sampling).
+other kinds of adapters, quantised bases, and a base layer with another forward. Sampling, which
+takes no gradient, has a product of its own for few rows (`FusedLoraLinear.few_rows_forward`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastrlhf_kernels.few_rows import few_rows_lora
 
 __all__ = ["FusedLoraLinear", "fuse"]
 
@@ -71,21 +74,30 @@ class FusedLoraLinear(lora.Linear):
     """PEFT's layer, which computes as `LoraProduct` where it can."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self.fused_adapter()
+        name = self.one_adapter()
+        if name is None or args or kwargs or "forward" in vars(self.get_base_layer()):
+            return super().forward(x, *args, **kwargs)
+        return LoraProduct.apply(x, *self.operands(name))
+
+    def few_rows_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`forward` without gradient, for the few rows of a decoding step."""
+        name = self.one_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
-        return LoraProduct.apply(
-            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight,
-            self.scaling[name],
-        )  # fmt: skip
+        return few_rows_lora(x, *self.operands(name))
 
-    def fused_adapter(self) -> str | None:
-        """The one adapter that computes, if this layer is one operation with it."""
+    def operands(self, name: str) -> tuple[Any, ...]:
+        """What `LoraProduct` and `few_rows_lora` take after x."""
         base = self.get_base_layer()
-        if self.disable_adapters or self.merged or "forward" in vars(base):
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return base.weight, base.bias, down, up, self.scaling[name]
+
+    def one_adapter(self) -> str | None:
+        """The one adapter that computes, if this layer is one operation with it."""
+        if self.disable_adapters or self.merged:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.get_base_layer()
         if len(names) != 1 or names[0] in self.lora_variant or base.weight.requires_grad:
             return None
         plain = isinstance(self.lora_dropout[names[0]], nn.Identity)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastrlhf_kernels import _cpu
-from fastrlhf_kernels.few_rows import LEAST_DEPTH, LEAST_ROWS, few_rows_linear
+from fastrlhf_kernels.few_rows import LEAST_DEPTH, LEAST_ROWS, few_rows_linear, few_rows_lora
 
 needs_kernel = pytest.mark.skipif(
     not _cpu.multiplies_few_rows(torch.zeros(1, 1), torch.zeros(1, 1)),
@@ -86,6 +86,69 @@ def test_the_public_function_takes_any_number_of_rows(rows, monkeypatch):
     assert bool(taken) == (LEAST_ROWS <= rows <= 64)
     few_rows_linear(*problem(rows, LEAST_DEPTH - 1, 30))
     assert len(taken) <= 1, "a shallow product is torch's"
+
+
+def adapted(rows, depth, columns, rank):
+    """Operands of a linear map with an adapter of that rank."""
+    left, right, bias = problem(rows, depth, columns)
+    _, down, _ = problem(rows + 100, depth, rank)
+    _, up, _ = problem(rows + 200, rank, columns)
+    return left, right, bias, down, up, -0.7
+
+
+def assert_adapter_as_exact_as_torch(ours, left, right, bias, down, up, scale):
+    """As `assert_as_exact_as_torch`; the adapter's terms are those of both of its sums."""
+
+    def composed(left, right, bias, down, up, scale):
+        return F.linear(left, right, bias) + scale * F.linear(F.linear(left, down), up)
+
+    given = left, right, bias, down, up
+    truth = composed(*(x.double() for x in given), scale)
+    size = composed(*(x.double().abs() for x in given), abs(scale))
+    errors = [((x - truth).abs() / size).max() for x in (ours, composed(*given, scale))]
+    assert ours.shape == truth.shape and ours.dtype == torch.float32
+    assert errors[0] <= errors[1] + SLACK  # a NaN fails here
+
+
+# A tile is of 24, 12, 8 or 6 columns of the adapter's first half; 131 ends a sum of 128.
+@needs_kernel
+@pytest.mark.parametrize("rank", [1, 5, 8, 16, 25, 131])
+@pytest.mark.parametrize("rows", [1, 13, 16, 17, 33, 49, 64])
+def test_an_adapter_in_the_same_pass(rows, rank):
+    for depth, columns in ((131, 97), (576, 30)):
+        left, right, bias, *adapter = given = adapted(rows, depth, columns, rank)
+        ours = _cpu.few_rows_product(left, right, bias, _cpu.LowRank(*adapter))
+        assert_adapter_as_exact_as_torch(ours, *given)
+
+
+@needs_kernel
+def test_threads_change_no_bit_of_an_adapter(threads):
+    given = adapted(33, 576, 1537, 16)
+    ours = few_rows_lora(*given)
+    assert_adapter_as_exact_as_torch(ours, *given)
+    torch.set_num_threads(1)
+    assert torch.equal(few_rows_lora(*given), ours)
+
+
+@pytest.mark.parametrize("rows", [1, LEAST_ROWS - 1, LEAST_ROWS, 64, 65])
+def test_an_adapter_with_any_number_of_rows(rows):
+    given = adapted(rows, 80, 30, 4)
+    assert_adapter_as_exact_as_torch(few_rows_lora(*given), *given)
+    left, right, _, *adapter = given
+    halves = few_rows_lora(left.view(rows, 2, 40), right[:, :40].clone(), None, adapter[0][:, :40],
+                           *adapter[1:])  # fmt: skip
+    assert_adapter_as_exact_as_torch(
+        halves.view(2 * rows, 30), left.view(2 * rows, 40), right[:, :40], torch.zeros(30),
+        adapter[0][:, :40], *adapter[1:],
+    )  # fmt: skip
+
+
+def test_an_adapter_in_float32_on_a_base_of_16_bits_is_torchs():
+    left, right, bias, down, up, scale = adapted(24, 80, 30, 4)
+    low = left.bfloat16(), right.bfloat16(), bias.bfloat16()
+    expected = F.linear(*low) + scale * F.linear(F.linear(low[0].float(), down), up)
+    found = few_rows_lora(*low, down, up, scale)
+    torch.testing.assert_close(found, expected.bfloat16(), atol=0.1, rtol=0.02)
 
 
 @needs_kernel

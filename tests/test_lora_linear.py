@@ -5,8 +5,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import nn
+from torch.nn import functional as F
 
+from fastrlhf import lora_linear
 from fastrlhf.lora_linear import FusedLoraLinear, LoraProduct, fuse
+from fastrlhf.rollout.steps import few_row_products
 
 
 def make_layer(dtype=torch.float64, bias=True, **settings) -> lora.Linear:
@@ -115,6 +118,57 @@ def test_it_steps_aside(monkeypatch):
     two._active_adapter = ["other"]
     two(x)
     assert len(called) == 1
+
+
+def wide_layer(**settings):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(80, 30)})
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["linear"], **settings), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model, fused(model["linear"])
+
+
+@pytest.mark.parametrize("rows", [4, 24])
+@torch.no_grad()
+def test_a_decoding_step_has_a_product_of_its_own(rows, monkeypatch):
+    (model, layer), x = wide_layer(), torch.randn(rows, 80)
+    expected, called = layer(x), []
+    product = lora_linear.few_rows_lora
+    monkeypatch.setattr(lora_linear, "few_rows_lora", lambda *x: called.append(1) or product(*x))
+    layer(x)
+    assert not called, "scoring's bits are the update's"
+    with few_row_products(model):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    assert len(called) == 1
+    assert torch.equal(layer(x), expected) and not any(
+        "forward" in vars(m) for m in model.modules()
+    )
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_pefts_where_it_is_not_one_adapter():
+    (model, layer), x = wide_layer(), torch.randn(24, 80)
+    layer.update_layer("other", 3, lora_alpha=12, config=LoraConfig(r=3, target_modules=["linear"]))
+    layer._active_adapter = ["default", "other"]
+    layer.lora_B["other"].weight.normal_()
+    expected = layer(x)
+    with few_row_products(model):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+        layer._disable_adapters = True
+        base = layer.get_base_layer()
+        torch.testing.assert_close(layer(x), F.linear(x, base.weight, base.bias))
+
+
+@torch.no_grad()
+def test_a_base_with_a_forward_of_its_own_keeps_it_while_sampling():
+    (model, layer), x = wide_layer(), torch.randn(24, 80)
+    layer.get_base_layer().forward = lambda x: torch.zeros(len(x), 30)
+    low = F.linear(F.linear(x, layer.lora_A["default"].weight), layer.lora_B["default"].weight)
+    with few_row_products(model):
+        expected = layer.scaling["default"] * low
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_other_layers_are_left_alone():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -102,21 +102,35 @@ class FamilySteps:
 @contextmanager
 def few_row_products(decoder: nn.Module) -> Iterator[None]:
     """Within the block, float32 linear layers on a CPU multiply few rows with a kernel for them."""
-    changed: list[nn.Linear] = []
+    changed: list[nn.Module] = []
     for module in decoder.modules():
-        # A subclass multiplies in its own way, and so does what was given another forward.
-        if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:
-            continue
-        weight = module.weight
-        if "forward" in vars(module) or weight.dtype != torch.float32 or weight.is_cuda:
-            continue
-        module.forward = partial(multiply, module)  # type: ignore[method-assign]
-        changed.append(module)
+        forward = few_rows_forward(module)
+        if forward is not None:
+            module.forward = forward
+            changed.append(module)
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+def few_rows_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """How ``module`` computes for few rows; None: as ever."""
+    if "forward" in vars(module):
+        return None
+    # An adapter's layer comes before its base's in `modules()`, so the base is still as it was.
+    if hasattr(module, "few_rows_forward"):
+        return module.few_rows_forward if takes_few_rows(module.get_base_layer()) else None
+    return partial(multiply, module) if takes_few_rows(module) else None
+
+
+def takes_few_rows(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether this is a float32 linear layer on a CPU, computing as such layers do."""
+    # A subclass multiplies in its own way, and so does what was given another forward.
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.dtype == torch.float32 and not module.weight.is_cuda
 
 
 def multiply(linear: nn.Linear, x: Tensor) -> Tensor:
