@@ -105,3 +105,13 @@ def test_opcheck(head_problem, monkeypatch, name):
     for index in leaves:
         arguments[index] = arguments[index].requires_grad_()
     torch.library.opcheck(recorded.operator, tuple(arguments))
+
+
+def test_operators_that_wait_for_the_device_are_in_no_cuda_graph():
+    """They look for the rows that train, which a graph that is being recorded cannot."""
+    namespace = torch.ops.fastrlhf
+    for name in (
+        "linear_logprobs", "linear_logprobs_backward", "linear_policy_loss", "linear_policy_loss_",
+    ):  # fmt: skip
+        assert torch.Tag.cudagraph_unsafe in getattr(namespace, name).default.tags
+    assert torch.Tag.cudagraph_unsafe not in namespace.logprobs.default.tags

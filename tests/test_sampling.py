@@ -158,6 +158,9 @@ def test_the_same_number_gives_the_same_token_wherever_its_row_is(backend):
     assert torch.equal(tokens, again[0]) and torch.equal(logprobs, again[1])
     order = torch.randperm(24, generator=generator)
     moved = sample(logits[order], uniform=uniform[order], backend=backend)
+    table = torch.stack([1 - uniform, uniform], dim=1)  # a column of it is not contiguous
+    column = sample(logits, uniform=table[:, 1], backend=backend)
+    assert torch.equal(column[0], tokens)
     assert torch.equal(tokens[order], moved[0]) and torch.equal(logprobs[order], moved[1])
     other = sample(logits, uniform=1 - uniform, backend=backend)
     assert (tokens != other[0]).any()

@@ -9,7 +9,7 @@ on a CPU too.
 Supports TRL 1.16.x (pip install '.[trl]'), tried with 1.16.0; other versions are refused.
 Deviations from TRL's op: logits are float32 also where hidden states, weights or autocast are
 bfloat16 (TRL rounds them); `chunk_size` is not used, the workspace is ours; the head's gradient is
-summed in float32.
+summed in float32, and under autocast rounded once to its type (TRL rounds the terms, not the sum).
 
 SFT with label smoothing or a `compute_loss_func` makes its loss from logits, which no op replaces;
 only the metrics run on ours. Not patched, because they do not use the op: DistillationTrainer (its

@@ -22,6 +22,8 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 KL_DIRECTIONS = ("forward", "reverse")
 TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda
+# Of operators that wait for the device: torch.compile leaves them out of its CUDA graphs.
+WAITS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _device_backend(device_type: str, device_index: int | None) -> str:

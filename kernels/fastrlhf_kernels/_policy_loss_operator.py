@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import token_losses
+from ._backend import WAITS
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions
 from ._records import ENTROPY, KL, LOGPROB, REF_LOGPROB, TABLE_COLUMNS, PolicyLossSpec
 from .audit import visible_to_audit
@@ -95,6 +96,7 @@ class Tokens:
     "fastrlhf::linear_policy_loss",
     mutates_args=(),
     schema=f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=WAITS,
 )
 def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[6] loss and statistics; float32 gradients of hidden, weight, bias, empty if not needed."""
@@ -106,6 +108,7 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "fastrlhf::linear_policy_loss_",
     mutates_args=("weight_grad",),
     schema=f"(Tensor(a!) weight_grad, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    tags=WAITS,
 )
 def _forward_(weight_grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`_forward`, but the gradient of weight is added to weight_grad, [V, D] float32."""

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._backend import TRITON_DEVICES
 from ._reference_adamw8bit import BLOCK, AdamWStep, Moments, dynamic_map, pieces
 from ._triton import INTERPRETED, Variant
 
@@ -145,7 +146,8 @@ def adamw_step(parameter: Tensor, gradient: Tensor, moments: Moments, step: Adam
     coded, stochastic = moments.first_scale is not None, step.key is not None
     assert gradient.shape == parameter.shape == (size,)
     for x in (parameter, gradient, moments.first, moments.second):
-        assert x.is_contiguous() and x.numel() == size and (x.is_cuda or INTERPRETED)
+        assert x.is_contiguous() and x.numel() == size
+        assert x.device.type in TRITON_DEVICES or INTERPRETED
     if not size:
         return
     key = step.key or 0

@@ -1,11 +1,12 @@
 """The backward of a linear head in Triton: the logits again, as gradients, a slice at a time.
 
 For a slice of the vocabulary a kernel recomputes the logits and stores ∂L/∂(W·h + b) (docs/math.md,
-section 2) in the dtype of the operands; two matrix products of the library turn it into the hidden
-states' gradient, which accumulates in float32, and into the slice of the weight's, which is written
-once. No buffer has the size of the weight or of the logits.
+section 2) in the dtype of the operands, in fp16 scaled; two matrix products of the library turn it
+into the hidden states' gradient, which accumulates in float32, and into the slice of the weight's,
+which is written once. No buffer has the size of the weight or of the logits.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -123,7 +124,8 @@ def float32_product(
 ) -> Tensor:
     """`out (+)= alpha * (a.float() @ b.float())` of one dtype; returns out [m, n].
 
-    16-bit operands on a GPU go into the product as they are and are summed and kept in float32.
+    16-bit operands on a GPU go into the product as they are and are summed and kept in float32;
+    float32 ones are rounded to TF32 where the process allows it, as in any product of torch.
     out: float32, allocated where it is None; accumulate adds to it.
     """
     if out is None:
@@ -131,15 +133,21 @@ def float32_product(
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     if a.dtype != torch.float32 and a.device.type == "cpu":
         a, b = a.float(), b.float()
-    if accumulate and a.dtype == torch.float32:
-        return torch.addmm(out, a, b, alpha=alpha, out=out)
+    wide = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if accumulate:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.addmm(out, a, b, alpha=alpha, out=out, **wide)
+    torch.mm(a, b, out=out, **wide)
     return out if alpha == 1.0 else out.mul_(alpha)
+
+
+def fp16_scale(coefficients: Tensor) -> float:
+    """The power of two that brings the largest coefficient to between 2^7 and 2^8.
+
+    fp16 ends at 2^16 and, with few bits left, at 2^−24: a gradient over the number of tokens times
+    a probability is soon less. What multiplies a coefficient is rarely above 2^8.
+    """
+    exponent = math.frexp(float(coefficients.abs().amax()))[1]
+    return 2.0 ** min(8 - exponent, 120)
 
 
 def head_gradients(
@@ -178,6 +186,9 @@ def head_gradients(
     hidden_sum = torch.empty(n * needs[0], size, dtype=torch.float32, device=rows.device)
     weight_slice = torch.empty(step * needs[1], size, dtype=torch.float32, device=rows.device)
     gathered = head.hidden.index_select(0, rows) if needs[1] else head.hidden
+    scale = fp16_scale(coefficients) if head.dtype == torch.float16 else 1.0
+    if scale != 1.0:
+        coefficients = coefficients * scale
     for span in head.spans(step):
         grid = (triton.cdiv(n, tiles.block_m) * triton.cdiv(span.columns, tiles.block_n),)
         _head_gradient[grid](
@@ -187,11 +198,14 @@ def head_gradients(
         g = gradient[:, : span.columns]
         place = slice(span.start, span.start + span.columns)
         if hidden is not None:
-            float32_product(g, span.weight, out=hidden_sum, accumulate=span.start > 0)
+            float32_product(
+                g, span.weight, out=hidden_sum, accumulate=span.start > 0, alpha=1 / scale
+            )
         if weight is not None:
-            weight[place] = float32_product(g.t(), gathered, out=weight_slice[: span.columns])
+            out = weight_slice[: span.columns]
+            weight[place] = float32_product(g.t(), gathered, out=out, alpha=1 / scale)
         if bias is not None:
-            bias[place] = g.sum(0, dtype=torch.float32)
+            bias[place] = g.sum(0, dtype=torch.float32).mul_(1 / scale)
     if hidden is not None:
         hidden.index_copy_(0, rows, hidden_sum.to(hidden.dtype))
     return hidden, weight, bias

@@ -16,7 +16,6 @@ that is more traffic than the products. The default workspace gives a vocabulary
 than 256 rows. With a trained head of 16 bits give a workspace_mb of about 6·V·1000 / 2^20.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ._head import HeadGradients, HeadInputs, HeadOptions
 from ._records import TABLE_COLUMNS
-from ._triton_head_gradient import float32_product
+from ._triton_head_gradient import float32_product, fp16_scale
 from ._triton_rows import row_statistics
 from ._triton_rows_gradient import row_gradient
 from ._triton_tokens import policy_coefficients
@@ -138,16 +137,6 @@ def _coefficients(tokens: Any, table: Tensor, span: slice) -> Tensor:
     )[0]  # fmt: skip
 
 
-def _scale(coefficients: Tensor) -> float:
-    """The power of two that brings the largest coefficient to between 2^7 and 2^8.
-
-    fp16 ends at 2^16 and, with few bits left, at 2^−24: a gradient over the number of tokens times
-    a probability is soon less. What multiplies a coefficient is rarely above 2^8.
-    """
-    exponent = math.frexp(float(coefficients.abs().amax()))[1]
-    return 2.0 ** min(8 - exponent, 120)
-
-
 def loss_in_forward(
     inputs: HeadInputs,
     rows: Tensor,
@@ -180,7 +169,7 @@ def loss_in_forward(
         slots = torch.full_like(chunk, -1)
         slots[active] = torch.arange(active.numel(), device=rows.device)
         gradient = chunks.gradient[: active.numel()]
-        scale = _scale(coefficients) if chunks.dtype == torch.float16 else 1.0
+        scale = fp16_scale(coefficients) if chunks.dtype == torch.float16 else 1.0
         scaled = coefficients if scale == 1.0 else coefficients * scale
         row_gradient(*given, temperature, part, scaled, slots, gradient, **transform)
         _accumulate(gradients, gradient, chunks, hidden[active], chunk[active], 1 / scale)

@@ -139,10 +139,12 @@ class AdamW8bit(torch.optim.Optimizer):
             )
 
     def _kernel(self, parameter: Tensor) -> Callable[[Tensor, Tensor, Moments, AdamWStep], None]:
-        backend = resolve(
-            self._backend, parameter.device, parameter.dtype, op="AdamW8bit",
-            available=("reference", "cpu", "triton"),
-        )  # fmt: skip
+        # A model may be spread over several GPUs; the kernel runs on its parameter's.
+        with torch.cuda.device_of(parameter):
+            backend = resolve(
+                self._backend, parameter.device, parameter.dtype, op="AdamW8bit",
+                available=("reference", "cpu", "triton"),
+            )  # fmt: skip
         if backend == "triton":
             from ._triton_adamw8bit import adamw_step
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import check_choice, check_targets, resolve
+from ._backend import WAITS, check_choice, check_targets, resolve
 from ._head import ChunkedHead, HeadGradients, HeadInputs, HeadOptions, head_inputs
 from ._records import ENTROPY, EXTRA_STATS, KL, LOGPROB, TABLE_COLUMNS, TokenLogprobs
 from .audit import visible_to_audit
@@ -22,7 +22,7 @@ COLUMNS = (LOGPROB, ENTROPY, KL)
 
 
 @visible_to_audit
-@torch.library.custom_op("fastrlhf::linear_logprobs", mutates_args=())
+@torch.library.custom_op("fastrlhf::linear_logprobs", mutates_args=(), tags=WAITS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -83,7 +83,7 @@ def _(hidden, weight, bias, targets, *options):
 
 
 @visible_to_audit
-@torch.library.custom_op("fastrlhf::linear_logprobs_backward", mutates_args=())
+@torch.library.custom_op("fastrlhf::linear_logprobs_backward", mutates_args=(), tags=WAITS)
 def _backward(
     gradient: Tensor,
     table: Tensor,

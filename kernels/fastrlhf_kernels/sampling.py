@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu, reference
-from ._backend import compute_dtype, describe, resolve, row_temperature
+from ._backend import check_device, compute_dtype, describe, resolve, row_temperature
 
 
 class TruncatedSamplingWarning(UserWarning):
@@ -63,6 +63,8 @@ def sample(
             )
         elif uniform.shape != logits.shape[:1] or uniform.dtype != torch.float32:
             raise ValueError(f"{op}: uniform is [B] float32, got {describe(uniform=uniform)}")
+        check_device(op, logits=logits, uniform=uniform)
+        uniform = uniform.contiguous()  # a column of a table of them is not
         row_temperatures = row_temperature(op, temperature, uniform, dtype)
         if backend == "cpu":
             readable = logits if logits.stride(-1) == 1 else logits.contiguous()
