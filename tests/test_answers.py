@@ -3,6 +3,8 @@
 import builtins
 import doctest
 import importlib.util
+import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +35,13 @@ def test_exact_answers():
     assert exact_answer(completions=["<answer> New  York</answer>"], answer=["new york"]) == [1.0]
     with pytest.raises(UserError, match="needs the data set's column 'answer'"):
         exact_answer(completions=["a"])
+
+
+def test_numbers_that_a_column_with_gaps_made_floats():
+    found = exact_answer(
+        completions=["42", "42.0", "43", "0.5", "7"], answer=[42.0, 42.0, 42.0, 0.5, float("nan")]
+    )
+    assert found == [1.0, 1.0, 0.0, 1.0, None]
 
 
 def test_the_last_answer_counts():
@@ -106,6 +115,65 @@ def test_procedural_tasks():
 def test_rows_without_a_verifier():
     with pytest.raises(UserError, match="needs the columns 'task' and 'entry'"):
         verified(completions=["a"])
+    row = procedural_rows("chain_sum", 1)[0]
+    for entry in ("no JSON", "{}", "3", json.dumps({"answer": "1", "metadata": None})):
+        with pytest.raises(UserError, match="which is none of the task 'chain_sum'"):
+            verified(completions=["a"], task=["chain_sum"], entry=[entry])
+    with pytest.raises(UserError, match="which is none of the task 'gcd'"):
+        verified(completions=["a"], task=["gcd"], entry=[row["entry"]])
+    with pytest.raises(ValueError, match="'chain_sums' not registered"):
+        verified(completions=["a"], task=["chain_sums"], entry=[row["entry"]])
+
+
+@pytest.mark.skipif(not HAS_GYM, reason=INSTALL)
+@pytest.mark.parametrize("task", ["arc_agi", "rearc"])
+def test_verifiers_that_compare_tuples(task):
+    rows = procedural_rows(task, 2)
+    columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
+    assert verified(completions=[row["answer"] for row in rows], **columns) == [1.0, 1.0]
+
+
+@pytest.mark.skipif(not HAS_GYM, reason=INSTALL)
+def test_a_completion_that_a_verifier_cannot_read():
+    row = procedural_rows("prime_factorization", 1)[0]
+    columns = {name: [row[name]] * 2 for name in ("task", "entry")}
+    assert verified(completions=["It is what it is.", row["answer"]], **columns) == [0.0, 1.0]
+
+
+@pytest.fixture
+def fake_gym(monkeypatch):
+    """A library of one task, whose verifier is given."""
+
+    def use(verifier):
+        library = SimpleNamespace(get_score_answer_fn=lambda task: verifier)
+        monkeypatch.setattr(answers, "gym", lambda: library)
+
+    return use
+
+
+ENTRY = {"answer": "1", "metadata": {"grid": ((1, 2), [(3,)]), "plain": [{"a": 1}]}}
+
+
+def test_an_entry_is_as_it_was_drawn(fake_gym):
+    fake_gym(lambda answer, entry: float(answer == "1" and entry == ENTRY))
+    as_json = json.dumps(answers.marked(ENTRY))
+    assert verified(completions=["1", "2"], task=["t"] * 2, entry=[as_json] * 2) == [1.0, 0.0]
+    answers.check_kept("t", ENTRY, as_json)
+    with pytest.raises(UserError, match="own answer scores 1, and 0 once its entry was JSON"):
+        answers.check_kept("t", ENTRY, json.dumps(ENTRY))
+
+
+def test_what_a_verifier_raises(fake_gym):
+    def verifier(answer, entry):
+        if answer == "missing":
+            raise ImportError("a package of the task")
+        return int(answer)
+
+    fake_gym(verifier)
+    columns = {"task": ["t"] * 2, "entry": [ENTRY] * 2}
+    assert verified(completions=["1", "It is what it is."], **columns) == [1.0, 0.0]
+    with pytest.raises(ImportError, match="a package of the task"):
+        verified(completions=["1", "missing"], **columns)
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

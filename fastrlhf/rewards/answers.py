@@ -5,14 +5,16 @@ reasoning-gym: pip install 'fastrlhf[verify]'.
 
 Item i of a data set of reasoning-gym is drawn with seed + i, so data sets of nearby seeds share
 almost all items. `procedural_rows` takes seeds of training and held-out items from ranges that
-never meet, and drops questions that come twice.
+never meet, and drops questions that come twice. Verifiers compare tuples, which JSON has not, so an
+entry's tuples are marked in its JSON and are tuples again where it is judged.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, nearest
@@ -25,6 +27,10 @@ INSTALL = "pip install 'fastrlhf[verify]'"
 # Seeds of one data set are this far from those of the next.
 SEED_SPACING = 10_000_000
 ATTEMPTS = 20
+# Of so many rows, the entry is judged as it was drawn and as it is read again.
+CHECKED = 8
+# The key that an entry's tuples have in JSON.
+TUPLE = "__tuple__"
 MATH = MathJudge()
 
 
@@ -54,7 +60,8 @@ def exact_answer(
     r"""1 where the final answer is that of the row's column `answer`, but for case and spaces.
 
     The final answer is what stands in the last `\boxed{}` or `<answer></answer>`, else the whole
-    completion; rows without an answer are not judged.
+    completion; rows without an answer are not judged. A whole number that became a float, as a
+    column with gaps makes it, may be written either way.
 
         >>> exact_answer(completions=[r"So \boxed{ 42 }", "41", "x"], answer=["42", 42, None])
         [1.0, 0.0, None]
@@ -65,9 +72,20 @@ def exact_answer(
         return " ".join(str(text).split()).casefold()
 
     return [
-        None if right is None else float(plain(final_answer(text)) == plain(right))
+        None if is_missing(right) else float(plain(final_answer(text)) in map(plain, ways(right)))
         for text, right in zip(completions, answer, strict=True)
     ]
+
+
+def is_missing(answer: object) -> bool:
+    """Whether a row has no answer: None, or NaN in a column of numbers."""
+    return answer is None or (isinstance(answer, float) and math.isnan(answer))
+
+
+def ways(answer: object) -> list[object]:
+    """How an answer may be written: 42.0 as 42 too."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    return [answer, int(answer)] if whole else [answer]  # type: ignore[call-overload]
 
 
 @register("math_answer", bounds=(0.0, 1.0))
@@ -88,7 +106,7 @@ def math_answer(
         raise UserError(f"the reward 'math_answer' needs math-verify; run: {INSTALL}") from error
     check_answers(answer, completions, "math_answer")
     return [
-        None if truth is None else float(MATH.equal(str(truth), text))
+        None if is_missing(truth) else float(MATH.equal(str(truth), text))
         for text, truth in zip(completions, answer, strict=True)
     ]
 
@@ -122,7 +140,8 @@ def procedural_rows(
         settings: of the task, like `max_terms=3`.
 
     Raises:
-        UserError: no such task, settings that it does not take, or too few questions.
+        UserError: no such task, settings that it does not take, too few questions, or entries that
+            are judged otherwise once they were JSON.
     """
     library = gym()
     from reasoning_gym.factory import DATASETS
@@ -140,21 +159,72 @@ def procedural_rows(
                 "it others"
             ) from error
         for entry in drawn:
-            rows.setdefault(
-                entry["question"],
-                {
-                    "prompt": entry["question"],
-                    "answer": entry["answer"],
-                    "task": task,
-                    "entry": json.dumps(entry, default=str),
-                },
-            )
+            question, answer = entry["question"], entry["answer"]
+            if question not in rows:
+                as_json = json.dumps(marked(entry), default=str)
+                if len(rows) < CHECKED:
+                    check_kept(task, entry, as_json)
+                rows[question] = dict(prompt=question, answer=answer, task=task, entry=as_json)
             if len(rows) == size:
                 return list(rows.values())
     raise UserError(
         f"{task} gave {len(rows)} distinct questions, not {size}; lower size, or change its "
         "settings"
     )
+
+
+def marked(value: Any) -> Any:
+    """``value`` with its tuples as JSON can hold them."""
+    if isinstance(value, dict):
+        return {key: marked(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [marked(inner) for inner in value]
+        return {TUPLE: items} if isinstance(value, tuple) else items
+    return value
+
+
+def unmarked(found: dict[str, Any]) -> Any:
+    """One object of JSON, a tuple where `marked` made it of one."""
+    return tuple(found[TUPLE]) if found.keys() == {TUPLE} else found
+
+
+def check_kept(task: str, entry: Mapping[str, Any], as_json: str) -> None:
+    """Raise UserError where the task's own answer is worth something else after JSON."""
+    verifier = gym().get_score_answer_fn(task)
+    read = read_entry(as_json, task)
+    drawn, kept = (judged(verifier, entry["answer"], given) for given in (entry, read))
+    if drawn != kept:
+        raise UserError(
+            f"the task {task!r} cannot be judged from rows: its own answer scores {drawn:g}, and "
+            f"{kept:g} once its entry was JSON; choose another task"
+        )
+
+
+def read_entry(entry: str | Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """An entry of the column `entry` as its task's verifier takes it."""
+    try:
+        found = json.loads(entry, object_hook=unmarked) if isinstance(entry, str) else entry
+        fits = "answer" in found and found["metadata"].get("source_dataset", task) == task
+    except (AttributeError, LookupError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"the column 'entry' has {str(entry)[:60]!r}, which is none of the task {task!r}; make "
+            "the rows with fastrlhf.rewards.answers.procedural_rows"
+        )
+    return found
+
+
+def judged(verifier: Callable[..., float], answer: str, entry: Mapping[str, Any]) -> float:
+    """What a verifier gives, from 0 to 1; 0 for an answer that it cannot read."""
+    try:
+        score = float(verifier(answer=answer, entry=entry))
+    except ImportError:
+        raise
+    except Exception:  # some take it for granted that an answer is a number, or a board of theirs
+        return 0.0
+    # Some give 0.01 for any answer at all.
+    return score if score > 0.01 else 0.0
 
 
 @register("verified", bounds=(0.0, 1.0))
@@ -166,6 +236,8 @@ def verified(
 ) -> list[float]:
     """The verifier of each row's own procedural task, from 0 to 1; rows: `procedural_rows`.
 
+    A completion that the verifier cannot read, and raises for, gets 0.
+
     >>> row = procedural_rows("chain_sum", 1)[0]
     >>> verified(completions=[row["answer"], "?"], task=[row["task"]] * 2,
     ...          entry=[row["entry"]] * 2)
@@ -176,11 +248,8 @@ def verified(
             "the reward 'verified' needs the columns 'task' and 'entry'; make the rows with "
             "fastrlhf.rewards.answers.procedural_rows"
         )
-    library = gym()
-    scores = []
-    for text, name, row in zip(completions, task, entry, strict=True):
-        given = json.loads(row) if isinstance(row, str) else row
-        score = float(library.get_score_answer_fn(name)(answer=final_answer(text), entry=given))
-        # Some verifiers give 0.01 for any answer at all.
-        scores.append(score if score > 0.01 else 0.0)
-    return scores
+    verifiers = {name: gym().get_score_answer_fn(name) for name in set(task)}
+    return [
+        judged(verifiers[name], final_answer(text), read_entry(row, name))
+        for text, name, row in zip(completions, task, entry, strict=True)
+    ]
