@@ -188,9 +188,19 @@ def unmarked(found: dict[str, Any]) -> Any:
     return tuple(found[TUPLE]) if found.keys() == {TUPLE} else found
 
 
+def verifier_of(task: str) -> Callable[..., float]:
+    try:
+        return gym().get_score_answer_fn(task)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"reasoning-gym has no verifier of {task!r} by that name alone ({error}); choose "
+            "another task"
+        ) from error
+
+
 def check_kept(task: str, entry: Mapping[str, Any], as_json: str) -> None:
     """Raise UserError where the task's own answer is worth something else after JSON."""
-    verifier = gym().get_score_answer_fn(task)
+    verifier = verifier_of(task)
     read = read_entry(as_json, task)
     drawn, kept = (judged(verifier, entry["answer"], given) for given in (entry, read))
     if drawn != kept:
@@ -248,7 +258,7 @@ def verified(
             "the reward 'verified' needs the columns 'task' and 'entry'; make the rows with "
             "fastrlhf.rewards.answers.procedural_rows"
         )
-    verifiers = {name: gym().get_score_answer_fn(name) for name in set(task)}
+    verifiers = {name: verifier_of(name) for name in set(task)}
     return [
         judged(verifiers[name], final_answer(text), read_entry(row, name))
         for text, name, row in zip(completions, task, entry, strict=True)
