@@ -121,7 +121,7 @@ def test_rows_without_a_verifier():
             verified(completions=["a"], task=["chain_sum"], entry=[entry])
     with pytest.raises(UserError, match="which is none of the task 'gcd'"):
         verified(completions=["a"], task=["gcd"], entry=[row["entry"]])
-    with pytest.raises(UserError, match="no verifier of 'chain_sums'.*not registered"):
+    with pytest.raises(UserError, match=r"no verifier of 'chain_sums'.*not registered"):
         verified(completions=["a"], task=["chain_sums"], entry=[row["entry"]])
 
 
