@@ -17,6 +17,20 @@ def test_a_sum_of_rewards():
     assert found[0].function is texts.sentiment
 
 
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("-0.5*repetition", [-0.5]),
+        ("sentiment + -0.5*repetition", [1.0, -0.5]),
+        ("sentiment - -0.5*repetition", [1.0, 0.5]),
+        ("repetition*-2 + +3*sentiment", [-2.0, 3.0]),
+        ("-repetition", [-1.0]),
+    ],
+)
+def test_factors_may_have_a_sign(text, weights):
+    assert [x.weight for x in parse(text)] == weights
+
+
 def test_all_that_ships_is_registered_with_bounds_and_an_example():
     shipped = {texts: "format_match length_band repetition sentiment",
                answers: "exact_answer math_answer verified"}  # fmt: skip
@@ -36,6 +50,8 @@ def test_all_that_ships_is_registered_with_bounds_and_an_example():
         ("sentiment * sentiment", "is no sum like"),
         ("sentiment(", "is no sum like"),
         ("0.5", "is no sum like"),
+        ("-0.5", "is no sum like"),
+        ("~2*sentiment", "is no sum like"),
         ("length_band(1, 2, 3)", "takes low, high"),
         ("length_band(width=3)", "takes low, high"),
         ("sentiment(3)", "takes no settings"),

@@ -106,11 +106,21 @@ def terms(node: ast.expr, weight: float, text: str) -> list[tuple[ast.expr, floa
         return terms(node.operand, -weight, text)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         for factor, rest in ((node.left, node.right), (node.right, node.left)):
-            if isinstance(factor, ast.Constant) and isinstance(factor.value, int | float):
-                return terms(rest, weight * factor.value, text)
+            if (number := constant(factor)) is not None:
+                return terms(rest, weight * number, text)
     if isinstance(node, ast.Name | ast.Call):
         return [(node, weight)]
     raise wrong(text)
+
+
+def constant(node: ast.expr) -> float | None:
+    """The number that a node is, with or without a sign; None where it is none."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        number = constant(node.operand)
+        return -number if number is not None and isinstance(node.op, ast.USub) else number
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    return None
 
 
 def objective(node: ast.expr, weight: float, text: str) -> Objective:
