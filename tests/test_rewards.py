@@ -2,6 +2,9 @@
 
 import json
 import math
+import pickle
+import statistics
+import sys
 from dataclasses import replace
 
 import pytest
@@ -76,6 +79,49 @@ def test_reward_from_a_file(tmp_path):
     for several in ("sentiment + 0.1*length_band(20, 60)", "0.5*sentiment", "-repetition"):
         with pytest.raises(UserError, match=r"gives one function; call load_objectives\("):
             load_reward(several)
+
+
+def test_a_file_takes_no_other_modules_name(tmp_path):
+    source = (
+        "from dataclasses import dataclass\n\n@dataclass\nclass Case:\n    x: int\n\n"
+        "def f(completions, **_):\n    return [{}] * len(completions)\n"
+    )
+    found = []
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "statistics.py"
+        path.write_text(source.format(float(number)))
+        found.append(load_reward(f"{path}:f"))
+    assert sys.modules["statistics"] is statistics
+    assert [judge(pickle.loads(pickle.dumps(f)), 1) for f in found] == [[0.0], [1.0]]
+    case = sys.modules[found[0].__module__].Case(3)
+    assert pickle.loads(pickle.dumps(case)) == case
+    before = set(sys.modules)
+    broken = tmp_path / "my.own.py"
+    broken.write_text("raise ValueError('no')\n")
+    with pytest.raises(UserError, match="fails on import: ValueError: no"):
+        load_reward(f"{broken}:f")
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("def length(**_): ...\ndef _inner(): ...\n", "length"),
+        ("def f(**_): ...\nasync def g(**_): ...\n", r"function \(it has f, g\)"),
+        ("", r"function \(it has none\)"),
+        ("def f(\n", "function"),
+        (None, "function"),
+    ],
+)
+def test_a_file_without_its_function(tmp_path, monkeypatch, source, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards").mkdir()
+    for path in ("mine.py", "rewards/mine.py"):
+        if source is not None:
+            (tmp_path / path).write_text(source)
+        with pytest.raises(UserError, match=f"'{path}' is a file: write {path}:{hint}$"):
+            load_reward(path)
 
 
 class FakeRollout:

@@ -8,9 +8,12 @@ function may return a list of floats per completion, one for each objective, and
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +92,8 @@ def load_objectives(reward: Any, timeout: float = 60.0) -> list[Objective]:
     path, colon, function = reward.rpartition(":")
     if colon and path.endswith(".py"):
         return [Objective(function, load_from_file(path, function))]
+    if reward.endswith(".py"):
+        raise UserError(f"the reward {reward!r} is a file: write {reward}:{functions_in(reward)}")
     named = reward in REWARDS  # whatever folder has the same name
     if not named and (Path(reward.partition("#")[0]).is_dir() or is_hub_name(reward)):
         from .classifier import load_classifier
@@ -112,21 +117,40 @@ def is_hub_name(name: str) -> bool:
     return len(words) == 2 and all(word and not set(word) & set(" +*()") for word in words)
 
 
+def functions_in(path: str) -> str:
+    """The functions of a file, as a hint; whatever is wrong with it is said when it is loaded."""
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return "function"
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    names = [x.name for x in tree.body if isinstance(x, kinds) and not x.name.startswith("_")]
+    return names[0] if len(names) == 1 else f"function (it has {', '.join(names) or 'none'})"
+
+
 def load_from_file(path: str, function: str) -> RewardFunction:
     if not Path(path).is_file():
         raise UserError(f"the reward's file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(module_name(path), path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
+    # Dataclasses and pickle look their module up by name.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is the user's to see
+        sys.modules.pop(spec.name, None)
         raise UserError(f"{path} fails on import: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{path} has no function {function!r}; {nearest(function, dir(module))}")
     return getattr(module, function)
+
+
+def module_name(path: str) -> str:
+    """A name that is no other module's: a file may be called statistics.py, or two mine.py."""
+    whole = str(Path(path).resolve())
+    stem = re.sub(r"\W", "_", Path(path).stem)
+    return f"fastrlhf_reward_{stem}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 class RewardScorer:
