@@ -148,6 +148,10 @@ class PPOConfig(AlgorithmSettings, RewardSettings, RolloutSettings, RunSettings)
     """Recompute the trained layers' activations in the backward."""
 
     family: ClassVar[tuple[str, ...]] = ("ppo", "ppo_kl")
+    # What transformers' callbacks read of `args`: the best weights are those of the best score.
+    metric_for_best_model: ClassVar[str] = "score"
+    greater_is_better: ClassVar[bool] = True
+    load_best_model_at_end: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.fill_in()
@@ -196,6 +200,11 @@ class PPOConfig(AlgorithmSettings, RewardSettings, RolloutSettings, RunSettings)
     def optimizer_steps(self) -> int:
         """Optimizer steps in the run."""
         return self.steps * self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def eval_strategy(self) -> str:
+        """Transformers' word for when there are evaluations along the run."""
+        return "no" if self.eval_steps is None else "steps"
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_config` reads back to an equal one."""
@@ -289,7 +298,11 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint`` says, or an error that names the setting and the type."""
+    """``value`` as the type ``hint`` says, or an error that names the setting and the type.
+
+    NumPy's numbers, of a sweep, become Python's: YAML holds no others.
+    """
+    value = plain(value)
     options = typing.get_args(hint) if not isinstance(hint, type) else (hint,)
     flat: list[Any] = []
     for option in options if typing.get_origin(hint) is not Literal else (hint,):
@@ -306,6 +319,13 @@ def checked(name: str, value: Any, hint: Any) -> Any:
             return number
     names = ["null" if o is type(None) else getattr(o, "__name__", repr(o)) for o in flat]
     raise UserError(f"{name}: {value!r} does not fit; it must be {' or '.join(names)}")
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's numbers as Python's own, in lists too."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def fits(value: Any, option: Any) -> bool:

@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 
+import numpy as np
 import pytest
+import yaml
 
 from fastrlhf.algorithm_settings import AlgorithmSettings
 from fastrlhf.config import RECIPES, PPOConfig, describe_settings, load_config
@@ -24,6 +26,31 @@ def test_yaml_round_trip(tmp_path):
     config = load_config("sentiment", [("learning_rate", "3e-4"), ("train_layers", "all")])
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert load_config(str(tmp_path / "c.yaml")) == config
+
+
+def test_numbers_of_a_sweep_become_pythons_own():
+    sweep = PPOConfig(
+        learning_rate=np.float64(1e-4),
+        temperature=np.float32(0.5),
+        batch_size=np.int64(32),
+        bf16=np.bool_(True),
+        kl_estimator=np.str_("k1"),
+        reward_bounds=list(np.array([-1.0, 1.0])),
+        reward_weights=np.array([1, 2]),
+    )
+    assert yaml.safe_load(sweep.to_yaml()) == dataclasses.asdict(sweep)
+    assert type(sweep.learning_rate) is float and sweep.learning_rate == 1e-4
+    assert type(sweep.batch_size) is int and sweep.bf16 is True
+    assert list(map(type, sweep.reward_bounds)) == [float] * 2
+    assert sweep.reward_weights == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", np.float64(32)), ("batch_size", True), ("bf16", np.int64(1))]
+)
+def test_a_number_of_another_kind_is_still_refused(name, value):
+    with pytest.raises(UserError, match=f"{name}: .* does not fit"):
+        PPOConfig(**{name: value})
 
 
 def test_overrides_win_and_are_read_as_values():
