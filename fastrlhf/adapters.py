@@ -156,6 +156,12 @@ class Adapters:
                 if name in held:
                     yield from held[name].parameters()
 
+    def rank(self, name: str) -> int:
+        """The rank of one adapter."""
+        assert self.peft is not None
+        config: Any = self.peft.peft_config[name]
+        return config.r
+
     @contextmanager
     def active(self, names: Sequence[str]) -> Iterator[None]:
         """Within the block exactly these adapters compute; after it what did before."""

@@ -32,6 +32,12 @@ class RolloutSettings:
     importance_cap: float = 2.0
     """Where another engine samples, each token's advantage is multiplied by min(pi_old / pi_engine,
     this), as in truncated importance sampling (docs/math.md, section 3.6)."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """The share of the GPU's memory that vLLM takes, its copy of the weights included. The rest is
+    for the policy and its update."""
+    vllm_max_model_length: int | None = None
+    """Tokens of the longest prompt and response together that vLLM keeps room for; None: the
+    model's context, which may be more than its share of the memory holds."""
 
 
 def check_rollout(config: PPOConfig) -> None:
@@ -43,4 +49,13 @@ def check_rollout(config: PPOConfig) -> None:
     require(
         slots is None or own,
         "rollout_slots is for the own decode loop; leave it out, or set engine to fastrlhf",
+    )
+    require(
+        0 < config.vllm_gpu_memory_utilization <= 1,
+        "vllm_gpu_memory_utilization must be above 0 and at most 1",
+    )
+    longest = config.vllm_max_model_length
+    require(
+        longest is None or longest > config.response_length,
+        "vllm_max_model_length must be above response_length: the prompt has its place too",
     )

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.data import PromptSet
+from fastrlhf.errors import SelfCheckError
+from fastrlhf.rollout import decode
 from fastrlhf.rollout.decode import DecodeEngine
 from fastrlhf.rollout.steps import FamilySteps
 from fastrlhf.trunk import positions
@@ -221,6 +223,27 @@ def test_a_response_ends_with_its_stop_token_which_trains(backbone):
         assert bool(rollout.ended[row]) == bool((tokens[:length] == 0).any())
         if rollout.ended[row]:
             assert tokens[length - 1] == 0 and (tokens[: length - 1] != 0).all()
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("whole", [False, True])
+def test_logits_that_are_not_numbers_end_the_run_in_words(backbone, monkeypatch, stops, whole):
+    if whole:
+        monkeypatch.setattr(DecodeEngine, "family", lambda *_: None)
+    weight = backbone.head.weight
+    with torch.no_grad():
+        before = weight[7].clone()
+        weight[7] = torch.nan
+    with pytest.raises(SelfCheckError, match="logits have NaN"):
+        generate(backbone, stops=stops)
+    with torch.no_grad():
+        weight[7] = before
+    # On a GPU the draw itself does not wait: it gives a token that is none.
+    monkeypatch.setattr(
+        decode, "sample", lambda logits, **_: (torch.full(logits.shape[:1], -1), logits[:, 0])
+    )
+    with pytest.raises(SelfCheckError, match="logits have NaN"):
+        generate(backbone, stops=stops)
 
 
 def test_without_stopping_every_response_is_full_length(backbone):

@@ -10,7 +10,7 @@ import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from fastrlhf import PPOTrainer
-from fastrlhf.backbone import SharedBackbone
+from fastrlhf.backbone import LoraSettings, SharedBackbone
 from fastrlhf.config import PPOConfig
 from fastrlhf.data import PromptSet
 from fastrlhf.errors import UserError
@@ -107,7 +107,11 @@ class FakeModel:
         self.settings = settings
 
     def generate(self, given, settings, lora_request, use_tqdm):
-        assert (settings["max_tokens"], settings["stop_token_ids"]) == (6, [0])
+        assert len(settings) == len(given)
+        for one in settings:
+            assert (one["max_tokens"], one["stop_token_ids"]) == (6, [0])
+        # vLLM makes a generator of each request's seed.
+        assert len({one["seed"] for one in settings}) == len(given)
         assert self.settings["logprobs_mode"] == "processed_logprobs"
         ids = [5, 6, 0]
         steps = [{i: types.SimpleNamespace(logprob=-2.0)} for i in ids]
@@ -117,7 +121,8 @@ class FakeModel:
 
 
 @pytest.fixture()
-def fake_vllm(monkeypatch):
+def fake_vllm(monkeypatch, backbone):
+    monkeypatch.setattr(backbone.model.config, "name_or_path", "a-folder")
     vllm = types.ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = FakeModel, dict
     request = types.ModuleType("vllm.lora.request")
@@ -131,6 +136,24 @@ def test_vllm_gives_a_rollout(backbone, fake_vllm):
     rollout = generate(backbone, engine="vllm")
     assert rollout.completion_ids() == [[5, 6, 0]] * 4 and rollout.ended.all()
     assert (rollout.rollout_logprobs[rollout.response_mask] == -2).all()
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(1, 1), (4, 8), (12, 16), (320, 320)])
+def test_vllm_gets_the_weights_of_the_run(fake_vllm, monkeypatch, rank, taken):
+    """Whatever `model` says in the configuration, where a backbone or a name was an argument."""
+    backbone = SharedBackbone(tiny.model(), lora=LoraSettings(rank), tokenizer=TOKENIZER)
+    backbone.model.config.name_or_path = "elsewhere/model"
+    config = replace(
+        CONFIG, engine="vllm", model="another", vllm_gpu_memory_utilization=0.5,
+        vllm_max_model_length=64,
+    )  # fmt: skip
+    given = make_engine(backbone, TOKENIZER, config).model.settings
+    assert (given["model"], given["dtype"]) == ("elsewhere/model", "float32")
+    assert given["max_lora_rank"] == taken
+    assert (given["gpu_memory_utilization"], given["max_model_len"]) == (0.5, 64)
+    backbone.model.config.name_or_path = ""
+    with pytest.raises(UserError, match="came from no folder"):
+        make_engine(backbone, TOKENIZER, config)
 
 
 def test_vllm_that_is_not_there_is_told(backbone, monkeypatch):

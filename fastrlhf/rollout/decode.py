@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from fastrlhf_kernels import sample
 
 from ..backbone import SharedBackbone
+from ..errors import SelfCheckError
 from ..families import Family
 from ..trunk import SplitDecoder
 from ..types import Prompts, Rollout
 from .cuda_graph import GraphedSteps, can_record
-from .draft import Draft
+from .draft import BROKEN, Draft
 from .loop import SlotLoop
 from .slots import SlotCache
 from .steps import FamilySteps, few_row_products
@@ -109,6 +110,8 @@ class DecodeEngine:
 
     def draw(self, hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Final states [n, D] -> tokens [n] and their log-probabilities [n]."""
-        return sample(
-            self.backbone.head.logits(hidden), temperature=self.temperature, uniform=uniform
-        )
+        logits = self.backbone.head.logits(hidden)
+        try:
+            return sample(logits, temperature=self.temperature, uniform=uniform)
+        except ValueError as error:  # on a CPU; on a GPU the loops see it
+            raise SelfCheckError(BROKEN) from error

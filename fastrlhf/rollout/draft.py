@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import SelfCheckError
 from ..trunk_cache import TrunkCache
 from ..types import Prompts, Rollout
 
-__all__ = ["Draft"]
+__all__ = ["BROKEN", "Draft", "refuse_broken"]
+
+BROKEN = (
+    "the policy's logits have NaN or no finite entry, so no token can be drawn; look at the loss "
+    "and the gradient norm of the steps before, and lower learning_rate"
+)
+
+
+def refuse_broken(drawn: Sequence[int]) -> None:
+    """Raise SelfCheckError where a token is −1: so `sample` marks such a row on a GPU."""
+    if min(drawn, default=0) < 0:
+        raise SelfCheckError(BROKEN)
 
 
 @dataclass

@@ -39,6 +39,8 @@ __all__ = [
 
 MOST_TOKENS = 8192
 """tokens of a forward of transformers' engine, which is its own default"""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""what vLLM takes for the largest rank of its adapters"""
 
 
 class Engine(Protocol):
@@ -153,10 +155,11 @@ class TransformersEngine(OtherEngine):
 
 
 class VllmEngine(OtherEngine):
-    """vLLM, with a copy of the base weights of its own.
+    """vLLM, with a copy of the base weights of its own, from where the backbone's came.
 
     Raises:
-        UserError: vLLM is missing, or the policy is not an adapter on the base weights.
+        UserError: vLLM is missing, the policy is not an adapter on the base weights, or those came
+            from no folder and no hub.
     """
 
     def __init__(self, backbone: SharedBackbone, tokenizer: Any, config: PPOConfig):
@@ -167,13 +170,28 @@ class VllmEngine(OtherEngine):
             raise UserError("engine vllm needs vLLM; run: pip install 'fastrlhf[vllm]'") from None
         if backbone.lora is None:
             raise UserError("engine vllm samples from adapters only; set use_peft: true")
+        source = backbone.model.config.name_or_path
+        if not source:
+            raise UserError(
+                "engine vllm loads the base weights itself, and this model came from no folder or "
+                "hub; give one as model, or set engine to fastrlhf"
+            )
         self.vllm = vllm
         self.model = vllm.LLM(
-            model=config.model, enable_lora=True, max_lora_rank=max(8, config.lora_rank),
+            model=source, trust_remote_code=config.trust_remote_code,
+            dtype=str(backbone.head.weight.dtype).removeprefix("torch."), seed=config.seed,
+            enable_lora=True, max_lora_rank=self.largest_rank(),
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            max_model_len=config.vllm_max_model_length,
             # Of the distribution that was drawn from, its temperature included.
-            seed=config.seed, logprobs_mode="processed_logprobs",
+            logprobs_mode="processed_logprobs",
         )  # fmt: skip
         self.rollouts = 0
+
+    def largest_rank(self) -> int:
+        """The least rank that vLLM takes, and the policy's adapter fits in."""
+        ranks = [self.backbone.adapters.rank(name) for name in self.backbone.roles["policy"]]
+        return next((rank for rank in VLLM_RANKS if rank >= max(ranks)), max(ranks))
 
     def sample(
         self, prompts: Sequence[list[int]], seed: int
@@ -181,11 +199,17 @@ class VllmEngine(OtherEngine):
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
         self.rollouts += 1
-        settings = self.vllm.SamplingParams(
-            max_tokens=self.config.response_length, temperature=self.config.temperature,
-            top_p=1.0, top_k=-1, logprobs=0, seed=seed, detokenize=False,
-            stop_token_ids=[] if self.stop is None else [self.stop], ignore_eos=self.stop is None,
-        )  # fmt: skip
+        # Each request draws by a generator of its own: with one seed for all, the completions of a
+        # prompt would be the same.
+        settings = [
+            self.vllm.SamplingParams(
+                max_tokens=self.config.response_length, temperature=self.config.temperature,
+                top_p=1.0, top_k=-1, logprobs=0, seed=seed + number, detokenize=False,
+                stop_token_ids=[] if self.stop is None else [self.stop],
+                ignore_eos=self.stop is None,
+            )
+            for number in range(len(prompts))
+        ]  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             self.backbone.adapters.save(Path(folder), self.backbone.roles["policy"])
             # vLLM keeps adapters by number: a new one is read anew.

@@ -7,12 +7,12 @@ state predicts nothing and is never computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .draft import Draft
+from .draft import Draft, refuse_broken
 from .steps import FamilySteps
 
 __all__ = ["SlotLoop"]
@@ -60,9 +60,10 @@ class SlotLoop:
             rows, made = self.tensor(self.slots), self.tensor(self.made)
             drawn, logprobs = self.draw(hidden, self.draft.uniform[rows, made])
             self.draft.add(rows, made, drawn, logprobs)
-            stops = drawn == (-1 if self.stop is None else self.stop)
-            self.draft.ended[rows] = stops
-            stopped = stops.tolist()
+            numbers = drawn.tolist()
+            refuse_broken(numbers)
+            stopped = [number == self.stop for number in numbers]
+            self.draft.ended[rows] = self.tensor(stopped)
             over = [s or m + 1 == width for s, m in zip(stopped, self.made, strict=True)]
             kept = self.leave(over) if any(over) else None
             states = []
@@ -155,5 +156,5 @@ class SlotLoop:
         index = (torch.tensor(sequences)[:, None] * self.draft.length + columns).flatten()
         self.draft.keep_states(index, states[:length].repeat(len(sequences), 1), self.budget_mb)
 
-    def tensor(self, numbers: list[int]) -> Tensor:
+    def tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, device=self.draft.tokens.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..trunk import positions
-from .draft import Draft
+from .draft import Draft, refuse_broken
 from .loop import Draw
 
 __all__ = ["PreallocatedLayer", "decode_whole", "new_cache"]
@@ -86,6 +86,7 @@ def decode_whole(
         here = start + t
         hidden = forward(decoder, cache, new, mask[:, :here])
         drawn, logprobs = draw(hidden, draft.uniform[rows, t])
+        refuse_broken(drawn[going].tolist())
         mask[:, here] = going
         now = rows[going]
         draft.add(now, torch.full_like(now, t), drawn[going], logprobs[going])

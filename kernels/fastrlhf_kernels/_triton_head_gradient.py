@@ -133,10 +133,14 @@ def float32_product(
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     if a.dtype != torch.float32 and a.device.type == "cpu":
         a, b = a.float(), b.float()
-    wide = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if accumulate and a.dtype == torch.float32:
+        return torch.addmm(out, a, b, alpha=alpha, out=out)
     if accumulate:
-        return torch.addmm(out, a, b, alpha=alpha, out=out, **wide)
-    torch.mm(a, b, out=out, **wide)
+        return torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
     return out if alpha == 1.0 else out.mul_(alpha)
 
 
