@@ -77,12 +77,8 @@ def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list
         if "prompt" not in row:
             columns = ", ".join(sorted(map(str, row))) or "none"
             raise UserError(f"{where}, {unit} {number}: no 'prompt' (its columns: {columns})")
-        if not is_prompt(row["prompt"]):
-            raise UserError(
-                f"{where}, {unit} {number}: 'prompt' must be text that is not empty, or a list of "
-                "messages with 'role' and 'content'"
-            )
-        checked.append(row)
+        prompt = checked_text(row["prompt"], "prompt", f"{where}, {unit} {number}")
+        checked.append({**row, "prompt": prompt})
     if not checked:
         raise UserError(f'{where} is empty; give at least one {unit} like {{"prompt": "The film"}}')
     return checked
@@ -98,14 +94,45 @@ def shared_messages(row: Mapping[str, Any]) -> list[Any]:
     return [message for message, _ in alike]
 
 
-def is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt.strip())
-    return (
-        isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
-    )
+def checked_text(value: Any, column: str, place: str) -> str | list[Mapping[str, Any]]:
+    """Text as it is, or messages with text as their content; parts of a content are joined.
+
+    Raises:
+        UserError: it is neither; names ``place``, the column and the message.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not (listed and value and all(map(is_message, value))):
+        raise UserError(
+            f"{place}: {column!r} must be text that is not empty, or a list of messages with "
+            "'role' and 'content'"
+        )
+    where = f"{place}, {column!r}"
+    return [plain_message(m, f"{where}, message {i}") for i, m in enumerate(value, start=1)]
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
+
+
+def plain_message(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    content = message["content"]
+    # What calls a tool need say nothing.
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return message
+    parts = content if isinstance(content, list | tuple) else ()
+    if not (parts and all(map(is_text_part, parts))):
+        raise UserError(
+            f"{place}: the content is {repr(content)[:60]}; write text, or a list of parts that "
+            "are each {'type': 'text', 'text': '…'}"
+        )
+    return {**message, "content": "".join(part["text"] for part in parts)}
+
+
+def is_text_part(value: Any) -> bool:
+    has_text = isinstance(value, Mapping) and isinstance(value.get("text"), str)
+    return has_text and value.get("type", "text") == "text"
 
 
 def movie_reviews() -> list[Mapping[str, Any]]:
@@ -191,10 +218,15 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str)
     """The messages by the tokenizer's template, up to where the answer begins."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except ValueError as error:
+    except Exception as error:  # a template is a program: what it raises is for its user to see
+        if getattr(tokenizer, "chat_template", "") is None:
+            raise UserError(
+                f"{where} is chat messages, but the model's tokenizer has no chat template; "
+                "give text, or a model that has one"
+            ) from error
         raise UserError(
-            f"{where} is chat messages, but the model's tokenizer has no chat template; "
-            "give text, or a model that has one"
+            f"{where}: the model's chat template does not take these messages "
+            f"({type(error).__name__}: {error}); change them, or give text"
         ) from error
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .comparisons import PairedTexts, Preferences, RatedTexts, compares, with_gap
-from .data import INNER_ARCHIVE, SNIPPETS, chat_text, fetched, text_ids
+from .data import INNER_ARCHIVE, SNIPPETS, chat_text, checked_text, fetched, text_ids
 from .dataset_files import no_such_file, read_rows
 from .errors import UserError
 from .reward_config import RewardConfig
@@ -81,8 +81,7 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], where: str, unit: str) 
             rated = is_rated
         if is_rated != rated:
             raise UserError(f"{place}: pairs and ratings are mixed; {COLUMNS}")
-        check_row(row, place)
-        checked.append(row)
+        checked.append(checked_row(row, place))
     if not checked:
         raise UserError(f"{where} is empty; {COLUMNS}")
     if rated:
@@ -90,19 +89,16 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], where: str, unit: str) 
     return checked
 
 
-def check_row(row: Mapping[str, Any], place: str) -> None:
+def checked_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     texts = ("completion",) if "rating" in row else ("chosen", "rejected")
+    row = dict(row)
     for name in texts:
         if name not in row:
             found = ", ".join(sorted(map(str, row))) or "none"
             raise UserError(f"{place}: no {name!r} (its columns: {found}); {COLUMNS}")
-        if not is_text(row[name]):
-            raise UserError(
-                f"{place}: {name!r} must be text that is not empty, or a list of messages with "
-                "'role' and 'content'"
-            )
-    if row.get("prompt") and not is_text(row["prompt"]):
-        raise UserError(f"{place}: 'prompt' must be text, or a list of messages")
+        row[name] = checked_text(row[name], name, place)
+    if row.get("prompt"):
+        row["prompt"] = checked_text(row["prompt"], "prompt", place)
     if "rating" not in row and row["chosen"] == row["rejected"]:
         raise UserError(
             f"{place}: chosen and rejected are equal ({str(row['chosen'])[:40]!r}), so it prefers "
@@ -116,16 +112,7 @@ def check_row(row: Mapping[str, Any], place: str) -> None:
             raise UserError(f"{place}: {name!r} must be a finite number, not {value!r}")
     if "rating" in row and row["rating"] is None:
         raise UserError(f"{place}: 'rating' must be a finite number, not None")
-
-
-def is_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return (
-        isinstance(value, Sequence)
-        and len(value) > 0
-        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
-    )
+    return row
 
 
 def check_ratings(rows: Rows, where: str) -> None:
@@ -158,7 +145,7 @@ def tokenize_preferences(
         rating_gap: ratings must differ by more than this to make a pair.
 
     Raises:
-        UserError: nothing is left, or messages for a tokenizer without a chat template.
+        UserError: nothing is left, or messages that the tokenizer has no chat template for.
     """
     numbers: dict[str, int] = {}
     tokens: list[list[int]] = []

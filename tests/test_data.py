@@ -101,6 +101,54 @@ def test_chat_messages_go_through_the_template_once():
     assert prompts.tokens == [[1, 2, 3]] and prompts.texts == ["abc"]
 
 
+def said(content, role="user"):
+    return [{"role": role, "content": content}]
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert load_rows([{"prompt": said(parts), "answer": 1}]) == [
+        {"prompt": said("ab"), "answer": 1}
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", [None, [], 3, [{"type": "image_url", "image_url": {}}], ["a"], [{"type": "text"}]]
+)
+def test_contents_that_are_no_text(content):
+    rows = [{"prompt": "a"}, {"prompt": said("b") + said(content)}]
+    message = r"the data set, row 2, 'prompt', message 2: the content is .*; write text, or"
+    with pytest.raises(UserError, match=message):
+        load_rows(rows)
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    assert load_rows([{"prompt": said("a") + calls}])[0]["prompt"] == said("a") + calls
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "TemplateError: System role not"),
+        ("{{ messages[0].name.first }}", "UndefinedError: "),
+        ("{{ 'a' + messages }}", "TypeError: "),
+        ("{% for %}", "TemplateSyntaxError: "),
+    ],
+)
+def test_messages_that_a_template_does_not_take(template, reason):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}" + template + "{% endif %}{{ messages[0].content }}"
+    )
+    rows = [{"prompt": said("ab")}, {"prompt": said("be kind", "system")}]
+    with pytest.raises(UserError) as error:
+        PromptSet.tokenize(rows, tokenizer, context=64, response_length=8)
+    place = "prompt 1" if "Syntax" in reason else "prompt 2"
+    assert str(error.value).startswith(f"{place}: the model's chat template does not take")
+    assert reason in str(error.value)
+
+
 def test_left_padding_and_columns():
     prompts = tokenize([{"prompt": "ab", "answer": 7}, {"prompt": "a", "answer": 8}]).batch()
     assert prompts.tokens.tolist() == [[1, 2], [0, 1]]

@@ -100,10 +100,31 @@ def test_messages_go_through_the_template():
     tokenizer.chat_template = TEMPLATE
     found = tokenize_preferences(rows, tokenizer, max_length=64)
     assert tokenizer.decode(found.tokens[0]) == "<end>a x y c d"
+    refused = [rows[0], {"chosen": said, "rejected": [{**said[0], "role": "system"}, said[1]]}]
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"row 2: the model's chat template .*TemplateError: no"):
+        tokenize_preferences(refused, tokenizer, max_length=64)
     with pytest.raises(UserError, match="must both be text, or both be messages"):
         tokenize_preferences([{"prompt": "p", **rows[0]}], tokenizer, max_length=64)
     with pytest.raises(UserError, match="chosen must end with a message of the assistant"):
         tokenize_preferences([{"chosen": said[:1], "rejected": "b"}], tokenizer, max_length=64)
+
+
+def test_parts_of_text_in_messages():
+    def said(content):
+        return [{"role": "assistant", "content": content}]
+
+    good = said([{"type": "text", "text": "go"}, {"type": "text", "text": "od"}])
+    row = {**GOOD, "prompt": [{"role": "user", "content": good[0]["content"][:1]}], "chosen": good}
+    (found,) = load_preferences([{**row, "rejected": said("bad")}])
+    assert found["chosen"] == said("good") and found["prompt"][0]["content"] == "go"
+    with pytest.raises(UserError, match="row 1: chosen and rejected are equal"):
+        load_preferences([{**row, "rejected": said("good")}])
+    message = "row 2, 'rejected', message 1: the content is None; write text"
+    with pytest.raises(UserError, match=message):
+        load_preferences([GOOD, {**row, "rejected": said(None)}])
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
