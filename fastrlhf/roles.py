@@ -137,6 +137,8 @@ class Roles(nn.Module):
         reference_model, on_originals = settings.reference_model, settings.on_originals
         check_models(model, reference_model)
         self.lora, self.critic, self.has_reference = lora, critic, reference
+        # Until a step is taken; a second model, given or quantised, is another from the beginning.
+        self.starts_as_reference = reference_model is None
         self.top = depth if settings.train_layers == "all" else settings.train_layers
         self.entire = settings.entire
         for given in (model, reference_model):

@@ -95,6 +95,24 @@ def test_the_matrix_is_that_of_who_plays(tmp_path):
     assert found.rates == [[0.5, 0.0, None], [1.0, 0.5, None], [1.0, 1.0, None]]
 
 
+def test_a_matrix_that_nobody_waits_for_is_not_played_to_its_end(tmp_path):
+    made = pool(tmp_path, [0, 2, 4])
+    rows = iter((True, False))
+    assert win_rates(made.players, "speaker", 3, seed=1, wanted=lambda: next(rows)) is None
+    assert next(rows, "asked twice") == "asked twice"
+
+
+def test_a_past_self_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    made = pool(tmp_path, [0])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made.backbone.adapters, "save", full)
+    with pytest.raises(UserError, match=r"step-000002.* cannot be written .*No space left"):
+        made.pool.keep(2)
+
+
 def test_past_selves_on_disk_are_those_that_were_kept(tmp_path):
     made = pool(tmp_path, [0, 2])
     state, kept = made.pool.state_dict(), made.pool.kept

@@ -8,7 +8,7 @@ the same, so an agent that learns wins more; one that forgets wins less in the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -36,14 +36,25 @@ class WinRates:
         return fmean(rate for rate in self.rates[row] if rate is not None)
 
 
-def win_rates(players: Players, agent: str, games: int, seed: int) -> WinRates:
-    """Play ``games`` dialogues in each cell, all from the same held-out starts."""
+def win_rates(
+    players: Players,
+    agent: str,
+    games: int,
+    seed: int,
+    wanted: Callable[[], bool] = lambda: True,
+) -> WinRates | None:
+    """Play ``games`` dialogues in each cell, all from the same held-out starts.
+
+    wanted: asked before each row; where it says no, there is no matrix.
+    """
     game, pool = players.game, players.pool
     others = [other for other in game.agents if other != agent]
     steps = pool.steps
     starts = game.deal(games, torch.Generator().manual_seed(seed), True)
     rates: list[list[float | None]] = []
     for own in steps:
+        if not wanted():
+            return None
         # The same draws in every row: rows differ in who plays alone.
         generator = torch.Generator(players.backbone.device).manual_seed(seed)
         seats = [{agent: own} | dict.fromkeys(others, step) for step in steps for _ in starts]

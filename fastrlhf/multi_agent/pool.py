@@ -65,8 +65,15 @@ class Pool:
             del self.kept[oldest], self.sums[oldest]
         if self.folder is not None:
             names = [name for agent in self.agents for name in self.backbone.adapters_of(agent)]
-            with in_place(self.path(step)) as made:
-                self.backbone.adapters.save(made, names)
+            try:
+                with in_place(self.path(step)) as made:
+                    self.backbone.adapters.save(made, names)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path(step)}, the agents as they are now, cannot be written ({error}); "
+                    "free space there, and go on from the last checkpoint with "
+                    "train(resume_from_checkpoint=True)"
+                ) from error
 
     def path(self, step: int) -> Path:
         assert self.folder is not None

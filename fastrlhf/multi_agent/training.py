@@ -292,11 +292,18 @@ class MultiAgentTrainer:
         agents = self.game.agents
         if not self.config.matrix_games or len(agents) < 2:
             return []
+        found: list[WinRates] = []
         with self.timer("matrix"):
-            found = [
-                win_rates(self.players, agent, self.config.matrix_games, self.config.seed)
-                for agent in (agents[:1] if len(agents) == 2 else agents)
-            ]
+            for agent in agents[:1] if len(agents) == 2 else agents:
+                made = win_rates(
+                    self.players, agent, self.config.matrix_games, self.config.seed,
+                    lambda: self.keeper.stop.signal is None,
+                )  # fmt: skip
+                if made is None:
+                    # Whoever asked the run to stop does not wait for thousands of dialogues.
+                    self.display.say("stopped before the win rates of past selves were played")
+                    return []
+                found.append(made)
         self.folder.write_text("win_rates.json", json.dumps([asdict(x) for x in found]) + "\n")
         if can_plot():
             draw_win_rates(found, self.folder.path / "win_rates.png", self.keeper.name)

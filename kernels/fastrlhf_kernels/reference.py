@@ -168,8 +168,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Inverse CDF in float64 of [B, V] logits at `uniform` [B] in [0, 1)."""
     if logits.device.type == "mps":  # which has no float64
-        given = (x.cpu() for x in (logits, temperature, uniform))
-        tokens, logprobs = sample(*given, top_k, top_p)  # type: ignore[misc]
+        tokens, logprobs = sample(logits.cpu(), temperature.cpu(), uniform.cpu(), top_k, top_p)
         return tokens.to(logits.device), logprobs.to(logits.device)
     scaled = logits.double() / temperature.double()[:, None]
     log_probs = scaled.log_softmax(-1)
