@@ -164,9 +164,11 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
     if device == "cpu":
         # Before the weights come: reading them for a quantised model is its largest phase.
         map_large_blocks(sparing=spares_memory(config))
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    refuse_tf32(device, dtype)
     return SharedBackbone.load(
         found,
-        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        dtype=dtype,
         device=device,
         quantization=config.quantization,
         reference_quantization=config.reference_quantization,
@@ -178,6 +180,19 @@ def load_backbone(source: Source, config: PPOConfig, device: str) -> SharedBackb
         reference=config.kl_coef > 0 or (config.use_peft and config.old_logprobs == "scored"),
         gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def refuse_tf32(device: str, dtype: torch.dtype) -> None:
+    """Raise UserError where float32 products would be rounded to 10 bits behind the run's back.
+
+    The products of the loss then differ from scoring's by 1e-3, and no first ratio is 1.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if device.startswith("cuda") and dtype == torch.float32 and allowed:
+        raise UserError(
+            "this process rounds float32 products to TF32; call "
+            "torch.set_float32_matmul_precision('highest'), or set bf16: true"
+        )
 
 
 def find_model(

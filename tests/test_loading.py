@@ -15,7 +15,7 @@ from fastrlhf.cli import main
 from fastrlhf.config import PPOConfig
 from fastrlhf.configs import GRPOConfig
 from fastrlhf.errors import UserError
-from fastrlhf.loading import load_backbone, with_library_configs
+from fastrlhf.loading import load_backbone, refuse_tf32, with_library_configs
 from fastrlhf.memory import plan
 from fastrlhf.pretrained import find_pretrained
 from fastrlhf.quantization import is_quantized
@@ -178,3 +178,16 @@ def test_a_trainer_takes_both_and_a_backbone_neither(places, tmp_path):
     assert shape == (5, 32) and is_quantized(trainer.backbone.model)
     with pytest.raises(UserError, match="has its adapters and its weights already"):
         GRPOTrainer(trainer.backbone, **given)
+
+
+def test_a_process_that_rounds_float32_to_tf32_is_told_before_the_run():
+    refuse_tf32("cuda", torch.float32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        refuse_tf32("cpu", torch.float32)
+        refuse_tf32("cuda", torch.bfloat16)
+        with pytest.raises(UserError, match=r"set_float32_matmul_precision\('highest'\)"):
+            refuse_tf32("cuda:1", torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    refuse_tf32("cuda", torch.float32)
