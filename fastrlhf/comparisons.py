@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -96,11 +97,20 @@ class PairedTexts:
         return Comparison(texts, places[0], places[1], self.margin[rows])
 
     def split(self, held_out: int, seed: int) -> tuple[PairedTexts, PairedTexts]:
-        """Pairs of which one text is on either side are left out."""
+        """At most ``held_out`` pairs: all those that share texts are on one side.
+
+        Where that gives less than half as many, one group of them is cut, and its pairs of which
+        one text is on either side are left out.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        taken = order[:held_out]
+        groups = self.groups()
+        order = order[whole_groups_first(groups[order], held_out)]
+        groups = groups[order]
+        # Rows before the group that would be cut.
+        whole = int(torch.isin(groups, groups[held_out:]).int().argmax())
+        held_out = whole if 2 * whole >= held_out else held_out
+        taken, rest = order[:held_out], order[held_out:]
         theirs = torch.cat([self.chosen[taken], self.rejected[taken]])
-        rest = order[held_out:]
         apart = ~(torch.isin(self.chosen[rest], theirs) | torch.isin(self.rejected[rest], theirs))
         if not apart.any():
             raise UserError(
@@ -108,6 +118,20 @@ class PairedTexts:
                 "pair shares a text with them; lower eval_rows, or give an eval_dataset"
             )
         return self.take(rest[apart]), self.take(taken)
+
+    def groups(self) -> Tensor:
+        """Which group each pair is in, [n] int64: pairs with a text in common are in one."""
+        above = list(range(len(self.tokens)))
+
+        def top(text: int) -> int:
+            while above[text] != text:
+                above[text] = above[above[text]]
+                text = above[text]
+            return text
+
+        for chosen, rejected in zip(self.chosen.tolist(), self.rejected.tolist(), strict=True):
+            above[top(chosen)] = top(rejected)
+        return torch.tensor([top(text) for text in self.chosen.tolist()], dtype=torch.long)
 
     def sample(self, rows: int, seed: int) -> PairedTexts:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -118,6 +142,23 @@ class PairedTexts:
         return PairedTexts(
             [self.tokens[i] for i in part.texts.tolist()], part.chosen, part.rejected, part.margin
         )
+
+
+def whole_groups_first(groups: Tensor, count: int) -> Tensor:
+    """An order of rows in which the first ``count`` cut at most one of their groups.
+
+    Groups that fit go first, as they come; then the others, the smallest first.
+    """
+    sizes = dict(zip(*(x.tolist() for x in groups.unique(return_counts=True)), strict=True))
+    fitting: list[int] = []
+    others: list[int] = []
+    for group in dict.fromkeys(groups.tolist()):
+        fits = sizes[group] <= count
+        count -= sizes[group] if fits else 0
+        (fitting if fits else others).append(group)
+    others.sort(key=sizes.__getitem__)
+    place = {group: i for i, group in enumerate(fitting + others)}
+    return torch.tensor([place[group] for group in groups.tolist()]).argsort(stable=True)
 
 
 @dataclass(frozen=True)
@@ -149,11 +190,19 @@ class RatedTexts:
             if len(found.chosen):
                 yield found
 
+    @cached_property
+    def texts(self) -> Tensor:
+        """Which text each row rates, [n] int64: that of several rows has one number."""
+        numbers: dict[tuple[int, ...], int] = {}
+        found = [numbers.setdefault(tuple(ids), len(numbers)) for ids in self.tokens]
+        return torch.tensor(found, dtype=torch.long)
+
     def compared(self, better: Tensor, all_texts: Tensor) -> Comparison:
-        """The pairs in which one of ``better`` is preferred to one of ``all_texts``."""
+        """The pairs in which one of ``better`` is preferred to another text of ``all_texts``."""
         difference = self.ratings[better][:, None] - self.ratings[all_texts]
-        same = self.prompts[better][:, None] == self.prompts[all_texts]
-        row, column = ((difference > self.gap) & same).nonzero(as_tuple=True)
+        comparable = self.prompts[better][:, None] == self.prompts[all_texts]
+        comparable &= self.texts[better][:, None] != self.texts[all_texts]
+        row, column = ((difference > self.gap) & comparable).nonzero(as_tuple=True)
         # In `batches` both are the same list; in `pairs` the second is every text in order.
         first = row if len(better) == len(all_texts) else better[row]
         return Comparison(all_texts, first, column, difference[row, column])

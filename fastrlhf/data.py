@@ -68,7 +68,7 @@ def load_rows(dataset: str | Iterable[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str, unit: str) -> list[Mapping[str, Any]]:
-    checked = []
+    checked: list[Mapping[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f'{where}, {unit} {number}: must be an object like {{"prompt": "…"}}')

@@ -116,10 +116,13 @@ def checked_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def check_ratings(rows: Rows, where: str) -> None:
-    by_prompt: dict[str, set[float]] = {}
+    ratings: dict[str, set[float]] = {}
+    completions: dict[str, set[str]] = {}
     for row in rows:
-        by_prompt.setdefault(prompt_key(row), set()).add(float(row["rating"]))
-    if all(len(ratings) == 1 for ratings in by_prompt.values()):
+        ratings.setdefault(prompt_key(row), set()).add(float(row["rating"]))
+        completions.setdefault(prompt_key(row), set()).add(json.dumps(row["completion"]))
+    # Two of each are enough: then some two completions have two ratings.
+    if not any(len(ratings[key]) > 1 and len(completions[key]) > 1 for key in ratings):
         raise UserError(
             f"{where} has one class: no two completions of a prompt differ in rating, so nothing "
             "is preferred to anything; give completions with other ratings too"
@@ -222,6 +225,12 @@ def split_preferences(
             f"{len(found)} rows are too few to hold out {count}; give more, or lower eval_rows"
         )
     train, held_out = found.split(count, config.seed)
+    if lost := len(found) - len(train) - len(held_out):
+        warnings.warn(
+            f"{lost} of {len(found)} rows share a text with the {len(held_out)} that are held out, "
+            "and are not trained on; lower eval_rows, or give an eval_dataset",
+            stacklevel=2,
+        )
     return train, with_gap(held_out, gaps[1])
 
 

@@ -87,6 +87,49 @@ def test_no_text_is_on_both_sides_of_a_split():
         rated([1.0, 1.0, 1.0, 2.0]).split(2, seed=0)
 
 
+def chains(lengths):
+    """Pairs of neighbours in chains of so many pairs each."""
+    chosen, texts = [], 0
+    for length in lengths:
+        chosen += range(texts, texts + length)
+        texts += length + 1
+    chosen = torch.tensor(chosen)
+    return PairedTexts([[i] for i in range(texts)], chosen, chosen + 1, torch.zeros(len(chosen)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "asked", "held_out", "lost"),
+    [
+        ([4] * 100, 80, 80, 0),
+        ([1] * 20, 5, 5, 0),
+        ([3] * 100, 80, 78, 0),
+        ([300, *[1] * 100], 80, 80, 0),  # one that is too large is left whole
+        ([300, *[1] * 41], 80, 41, 0),
+        ([300, 60, 50], 40, 40, 10),  # the smallest is cut
+    ],
+)
+def test_a_split_keeps_groups_of_pairs_whole(lengths, asked, held_out, lost):
+    data = chains(lengths)
+    assert data.groups().unique(return_counts=True)[1].tolist() == lengths
+    for seed in (0, 1):
+        train, held = data.split(asked, seed)
+        assert len(held) == held_out and len(data) - len(train) - held_out <= lost
+        assert not {tuple(x) for x in train.tokens} & {tuple(x) for x in held.tokens}
+        assert [part.tokens for part in data.split(asked, seed)] == [train.tokens, held.tokens]
+
+
+def test_another_seed_holds_out_other_groups():
+    held = [chains([4] * 100).split(80, seed)[1].tokens for seed in (0, 1)]
+    assert held[0] != held[1]
+
+
+def test_a_text_is_not_compared_with_itself():
+    twice = RatedTexts([[7], [7], [8]], torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 0]))
+    for parts in (twice.pairs(), twice.batches(2, torch.Generator().manual_seed(0))):
+        found = {(twice.ratings[i].item(), twice.ratings[j].item()) for i, j, _ in pairs_of(parts)}
+        assert found == {(3.0, 2.0), (2.0, 1.0)}
+
+
 def test_parts_are_found_in_the_whole():
     data = rated([float(i) for i in range(9)])
     part = data.sample(4, seed=3)

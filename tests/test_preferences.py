@@ -42,6 +42,7 @@ GOOD = {"prompt": "a ", "chosen": "good", "rejected": "bad"}
             [{"prompt": x, "completion": "c", "rating": r} for x, r in (("a", 1), ("b", 2))],
             "no two completions of a prompt",
         ),
+        ([{"completion": "a", "rating": r} for r in (1, 2)], "no two completions of a prompt"),
         ([], "is empty"),
         ([["chosen", "rejected"]], "must be an object"),
     ],
@@ -195,3 +196,15 @@ def test_held_out_rows_are_not_trained_on():
     close = [{"prompt": "p", "completion": x, "rating": r} for x, r in (("a", 0.1), ("b", 0.2))]
     with pytest.raises(UserError, match=r"more than rating_gap \(1\)"):
         split_preferences(close, None, tokenizer, replace(config, rating_gap=1.0), 64)
+
+
+def test_rows_that_a_split_loses_are_counted():
+    tokenizer, config = tiny.tokenizer(), RewardConfig(eval_rows=3)
+    rows = [{"prompt": p, "chosen": c, "rejected": "z"} for p in "abcdef" for c in "xy"]
+    train, held_out = split_preferences(rows, None, tokenizer, config, 64)
+    assert len(train) == 10 and len(held_out) == 2
+    config = replace(config, eval_rows=1)
+    message = "1 of 12 rows share a text with the 1 that are held out.*lower eval_rows"
+    with pytest.warns(UserWarning, match=message):
+        train, held_out = split_preferences(rows, None, tokenizer, config, 64)
+    assert len(train) == 10 and len(held_out) == 1
