@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastrlhf_kernels import PolicyLossSpec, linear_policy_loss
+from fastrlhf_kernels import PolicyLossSpec, linear_logprobs, linear_policy_loss
 from fastrlhf_kernels.audit import forbid_vocab_tensors
 
 pytest.importorskip("triton")
@@ -58,6 +58,20 @@ def test_fp16_keeps_gradients_that_are_too_small_for_it(head_problem, relative_r
     # Where there is no signal there is nothing to scale.
     idle = replace(p, advantages=torch.zeros_like(p.advantages))
     assert all(x.eq(0).all() for x in run(idle, device, **options)[2])
+
+
+def test_fp16_keeps_them_for_any_loss_of_log_probabilities(head_problem, relative_rms, device):
+    """Not of ours: the mean over 4000 tokens, with a probability of 2e-4 each."""
+    p = head_problem(9, 64, 5003, scale=0.1)
+
+    def gradients(dtype, backend):
+        x, w = (t.to(device, dtype).requires_grad_() for t in (p.hidden.half(), p.weight.half()))
+        found = linear_logprobs(x, w, p.targets.to(device), backend=backend)
+        return torch.autograd.grad(-found.logprobs.sum() / 4000, (x, w))
+
+    truth = gradients(torch.float64, "reference")
+    for x, true, most in zip(gradients(torch.float16, "triton"), truth, (2e-3, 1e-2), strict=True):
+        assert x.dtype == torch.float16 and relative_rms(x, true) < most
 
 
 def test_a_head_of_another_dtype_is_raised_in_slices(head_problem, device):
