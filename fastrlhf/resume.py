@@ -3,7 +3,7 @@
 A checkpoint whose checksums do not fit is told by name and the one before is taken. What was
 written after the checkpoint that is taken is removed: lines of metrics.jsonl, samples.jsonl and
 evaluations.jsonl, and later checkpoints. A run that ended before its first checkpoint was due
-starts again.
+starts again, with a trainer that has not trained yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PPOConfig, from_mapping
+from .callbacks import Callbacks
+from .config import from_mapping
 from .errors import UserError
 from .identity import refuse_others
 from .kept_settings import CHECKPOINT, check_settings_kept, parse
@@ -54,7 +55,7 @@ def resume(
     one = not isinstance(chosen, bool) and CHECKPOINT.fullmatch(Path(chosen).name) is not None
     there = [Path(chosen)] if one and not isinstance(chosen, bool) else numbered(checkpoints.path)
     if not there:
-        start_over(folder, config, say)
+        start_over(checkpoints, say)
         return Resumed(0, {})
     path, state, text = newest_whole(there, say, numbered(checkpoints.path))
     kept = from_mapping(parse(text, f"{path}/config.yaml"), type(config))
@@ -89,8 +90,16 @@ def newest_whole(
     raise UserError(f"{last}, and no other is whole; start a new run") from last
 
 
-def start_over(folder: RunFolder, config: PPOConfig, say: Callable[[str], None]) -> None:
+def start_over(checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
     """Begin again, if no more than that was lost."""
+    folder, config = checkpoints.folder, checkpoints.config
+    callbacks = checkpoints.run.others["callbacks"]
+    if isinstance(callbacks, Callbacks) and callbacks.state.global_step:
+        # Nothing holds what weights, optimizer, schedule and generators were before.
+        raise UserError(
+            f"{folder.path} has no checkpoint to go on from, and this trainer has begun to train; "
+            "make it anew, then call its train(resume_from_checkpoint=True)"
+        )
     lines = (folder.path / METRICS).read_bytes().count(b"\n") if folder.holds_run else 0
     # With as many lines as save_steps the first checkpoint was being written.
     if config.save_steps is None or lines > config.save_steps:

@@ -130,6 +130,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, capsys
     assert kept(tmp_path / "run") == kept(tmp_path / "free")
 
 
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_trainer_that_has_trained_is_not_started_over(tmp_path, after):
+    """No checkpoint has what its weights, optimizer and generators were before."""
+    stop = Stop(after)
+    live = make(tmp_path, RUN, stop, save_steps=10)
+    with pytest.raises(ZeroDivisionError):
+        live.train()
+    stop.after = None
+    with pytest.raises(UserError, match="make it anew"):
+        live.train(resume_from_checkpoint=True)
+    make(tmp_path, RUN, save_steps=10).train(resume_from_checkpoint=True)
+    make(tmp_path, RUN, output_dir=str(tmp_path / "free"), save_steps=10).train()
+    assert kept(tmp_path / "run") == kept(tmp_path / "free")
+
+
 def test_with_none_left_it_is_an_error(tmp_path):
     cut_off(tmp_path)
     (tmp_path / "run/checkpoints/step-000002/state.json").unlink()
