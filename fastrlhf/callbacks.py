@@ -1,9 +1,11 @@
 """What others run at a training's events: transformers' callbacks, as its Trainer calls them.
 
 Events: on_train_begin, on_step_begin, on_step_end, on_log (logs), on_evaluate (metrics), on_save,
-on_train_end. A step is one rollout with its updates. The trainer obeys what a callback sets in
-`control` in on_step_end: should_evaluate, should_save, should_training_stop. Deviation: `args` is
-our config, and `state.log_history` stays empty (metrics.jsonl is that).
+on_train_end. A step is one rollout with its updates; `state.global_step` counts those that are
+done. The trainer obeys what a callback sets in `control` in on_step_end (should_evaluate,
+should_save, should_training_stop) and in on_evaluate (the last two). The figures of an evaluation
+have our names and, behind `eval_`, those that transformers' callbacks look for. Deviation: `args`
+is our config, and `state.log_history` stays empty (metrics.jsonl is that).
 
 transformers' callbacks bring PEFT and bitsandbytes with them, 55 MB: they are imported where there
 are callbacks.
@@ -11,6 +13,7 @@ are callbacks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -72,9 +75,19 @@ class Callbacks:
 
     def adopt(self) -> None:
         """Keep transformers' own state and control: somebody looks at them."""
-        from transformers import TrainerCallback, TrainerControl, TrainerState
+        from transformers import (
+            EarlyStoppingCallback,
+            TrainerCallback,
+            TrainerControl,
+            TrainerState,
+        )
 
         for callback in self.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and self.config.eval_steps is None:
+                raise UserError(
+                    f"callbacks: {type(callback).__name__} compares evaluations along the run; "
+                    "set eval_steps"
+                )
             if not isinstance(callback, TrainerCallback):
                 raise UserError(
                     f"callbacks: {type(callback).__name__} is no transformers.TrainerCallback; "
@@ -84,10 +97,18 @@ class Callbacks:
         self.control = TrainerControl(**vars(self.control))
 
     def step_begin(self, number: int) -> None:
-        """Step ``number`` begins: what was asked for in the last is done."""
-        self.state.global_step = number
+        """Step ``number`` begins: what was asked for in the last is done.
+
+        Callbacks are not told of it before it has ended; who keeps the run knows it from here on.
+        """
         self.control.should_save = self.control.should_evaluate = False
         self("on_step_begin")
+        self.state.global_step = number
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a callback has asked that training ends."""
+        return bool(self.control.should_training_stop)
 
     def state_dict(self) -> dict[str, Any]:
         """`state`, and what callbacks keep: by `state_dict`, or by transformers' `state`."""
@@ -108,17 +129,26 @@ class Callbacks:
         """Give the state back to the callbacks that are there again."""
         for name, value in held["state"].items():
             setattr(self.state, name, value)
-        for name, callback in self.named():
-            if name not in held["callbacks"]:
-                continue
+        there, met = dict(self.named()), Counter[str]()
+        # Numbers only tell apart: they once counted other classes' callbacks too.
+        for name, value in held["callbacks"].items():
+            kind = name.rpartition("-")[0]
+            callback: Any = there.get(f"{kind}-{met[kind]}")
+            met[kind] += 1
             if is_exportable(callback):
-                for attribute, value in held["callbacks"][name].items():
-                    setattr(callback, attribute, value)
+                for attribute, one in value.items():
+                    setattr(callback, attribute, one)
             elif hasattr(callback, "load_state_dict"):
-                callback.load_state_dict(held["callbacks"][name])
+                callback.load_state_dict(value)
 
     def named(self) -> list[tuple[str, Any]]:
-        return [(f"{type(c).__name__}-{i}", c) for i, c in enumerate(self.callbacks)]
+        """Every callback by its class and its number within that: others may come and go."""
+        named, met = [], Counter[str]()
+        for callback in self.callbacks:
+            kind = type(callback).__name__
+            named.append((f"{kind}-{met[kind]}", callback))
+            met[kind] += 1
+        return named
 
     def __call__(self, event: str, **given: Any) -> None:
         """Call ``event`` on every callback; one that returns a control replaces it."""
@@ -130,10 +160,23 @@ class Callbacks:
             # They were appended later.
             self.adopt()
         for callback in self.callbacks:
-            call = getattr(callback, event)
-            answer = call(self.config, self.state, self.control, **self.given, **given)
+            call, told = getattr(callback, event), self.given | as_known(callback, given)
+            answer = call(self.config, self.state, self.control, **told)
             if isinstance(answer, TrainerControl):
                 self.control = answer
+
+
+def as_known(callback: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What an event gives, an evaluation's figures under transformers' names too.
+
+    A tracker would draw them twice.
+    """
+    from .trackers import Tracker
+
+    if "metrics" not in given or isinstance(callback, Tracker):
+        return given
+    metrics = given["metrics"]
+    return given | {"metrics": metrics | {f"eval_{name}": x for name, x in metrics.items()}}
 
 
 def is_exportable(callback: Any) -> bool:

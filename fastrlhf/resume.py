@@ -16,13 +16,14 @@ from typing import Any
 from .callbacks import Callbacks
 from .config import from_mapping
 from .errors import UserError
+from .evaluation import Evaluation
 from .identity import refuse_others
 from .kept_settings import CHECKPOINT, check_settings_kept, parse
 from .metrics import METRICS, RunFolder
 from .run_checkpoints import Checkpoints, numbered, remove, step_of, tidy
 from .run_state import Damaged, read_whole
 
-__all__ = ["Resumed", "resume"]
+__all__ = ["Resumed", "kept_evaluation", "resume"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,20 @@ def start_over(checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
         )
     say("no checkpoint was written yet: the run starts again")
     folder.cut({})
+
+
+def kept_evaluation(folder: RunFolder, step: int) -> Evaluation | None:
+    """The evaluation after ``step`` rollouts as the run's files have it; None where it is due.
+
+    A callback that ends a run in an evaluation has made it the last one.
+    """
+    figures = folder.read("evaluations.jsonl")[-1]
+    if figures.pop("step") != step:
+        return None
+    samples = [line for line in folder.read("samples.jsonl") if line.pop("step") == step]
+    scores, prompts, completions = (
+        [sample.pop(name) for sample in samples] for name in ("score", "prompt", "completion")
+    )
+    return Evaluation(
+        **figures, scores=scores, prompts=prompts, completions=completions, told=samples
+    )

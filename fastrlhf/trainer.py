@@ -41,6 +41,7 @@ from .microbatches import Layout, Sequences, cut
 from .optim import make_optimizer, make_schedule
 from .out_of_memory import MicrobatchBudget
 from .progress import Display
+from .resume import kept_evaluation
 from .rewards.functions import RewardFunction, RewardScorer
 from .rewards.monitor import HackingMonitor
 from .rollout.engines import make_engine
@@ -191,19 +192,20 @@ class PPOTrainer:
                 if ended:
                     break
             self.keeper.training_done(number)
-            after = self.evaluate("after training", step=number)
+            after = kept_evaluation(self.folder, number) or self.evaluate("after training", number)
             self.callbacks("on_train_end")
             self.keeper.checkpoints.save_final()
         return self.finish(after, number)
 
     def after_step(self, number: int, line: Mapping[str, Any]) -> bool:
         """Evaluate where it is time to; whether training is to stop."""
-        config, control, every = self.config, self.callbacks.control, self.config.eval_steps
+        decide = partial(self.keeper.end.decide, line, monitor=self.monitor.stops)
+        every, ended = self.config.eval_steps, decide(callback=self.callbacks.asked_to_stop)
+        due = self.callbacks.control.should_evaluate or (every and number % every == 0)
         # The last step is evaluated when training has ended.
-        if control.should_evaluate or (every and number % every == 0 and number < config.steps):
+        if due and not ended and number < self.config.steps:
             self.evaluate(f"after step {number}", step=number, brief=True)
-        asked, warned = control.should_training_stop, self.monitor.stops
-        return self.keeper.end.decide(line, callback=asked, monitor=warned)
+        return ended or decide(callback=self.callbacks.asked_to_stop)
 
     def step(self, number: int, prompts: PromptSet) -> dict[str, Any]:
         """One rollout and what is learnt from it; its metrics."""

@@ -145,6 +145,32 @@ def test_a_trainer_that_has_trained_is_not_started_over(tmp_path, after):
     assert kept(tmp_path / "run") == kept(tmp_path / "free")
 
 
+class Satisfied(TrainerCallback):
+    """Ends the run in its third evaluation along it; ``breaks``: is then broken off."""
+
+    def __init__(self, breaks=False):
+        self.breaks = breaks
+
+    def on_evaluate(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == 3
+
+    def on_train_end(self, args, state, control, **_):
+        if self.breaks:
+            raise ZeroDivisionError
+
+
+def test_an_evaluation_that_ended_a_run_is_not_made_again(tmp_path):
+    free = str(tmp_path / "free")
+    ended = make(tmp_path, RUN, Satisfied(), output_dir=free, eval_steps=1).train()
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path, RUN, Satisfied(breaks=True), eval_steps=1).train()
+    again = make(tmp_path, eval_steps=1)
+    again.evaluate = None
+    summary = again.train(resume_from_checkpoint=True)
+    assert summary.steps == ended.steps == 3 and summary.score_after == ended.score_after
+    assert kept(tmp_path / "run") == kept(tmp_path / "free")
+
+
 def test_with_none_left_it_is_an_error(tmp_path):
     cut_off(tmp_path)
     (tmp_path / "run/checkpoints/step-000002/state.json").unlink()
@@ -190,7 +216,7 @@ def test_a_constant_learning_rate_lets_a_run_grow(tmp_path):
 def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(tmp_path, capsys, number, status):
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 3:
+            if state.global_step == 2:
                 os.kill(os.getpid(), number)
 
     make(tmp_path, output_dir=str(tmp_path / "free")).train()
