@@ -78,8 +78,13 @@ def train(given: Given) -> int:
 
         config, picked = pick(config, Budget(options.gpu, options.memory))
         print(f"fastrlhf: {picked}", file=sys.stderr)
-    if not resumed:
-        RunFolder(config.output_dir, name or config.algorithm).refuse_run()
+    folder = RunFolder(config.output_dir, name or config.algorithm)
+    if resumed:
+        # Told before the model is loaded; the trainer holds it for as long as it runs.
+        with folder.lock:
+            folder.hold()
+    else:
+        folder.refuse_run()
     print(f"fastrlhf: loading {config.model} and {config.dataset}", file=sys.stderr)
     with audit_told():
         trainer = TRAINERS[given.verb](args=config, name=name, started=given.started)

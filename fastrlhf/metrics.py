@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from .advantages import explained_variance
 from .errors import UserError
-from .host_memory import return_freed_memory
 from .losses import MinibatchLoss
+from .phase_memory import PhaseMemory
 from .pretrained import write_through
+from .run_lock import RunLock
 from .types import Experience, Rollout
 
-__all__ = ["PhaseMemory", "PhaseTimer", "RunFolder", "step_metrics"]
+__all__ = ["PhaseTimer", "RunFolder", "step_metrics"]
 
 METRICS = "metrics.jsonl"
 # What a run writes line by line; other files in its folder are the user's own.
@@ -49,6 +49,7 @@ class RunFolder:
     def __init__(self, path: str | None, name: str):
         self.numbered = path is None
         self.given: dict[str, Any] = {}
+        self.lock = RunLock()
         self.path = free_folder(Path("runs"), name) if path is None else Path(path)
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -80,17 +81,27 @@ class RunFolder:
                 f"with it (--resume {self.path})"
             )
 
+    def hold(self) -> None:
+        """Keep other runs out of the folder until `lock` is released; UserError if one is in it."""
+        self.lock.hold(self.path)
+
     def make(self) -> None:
-        """Make the folder.
+        """Make the folder and hold it.
 
         Raises:
-            UserError: it already holds a run, or cannot be written.
+            UserError: it already holds a run, one that is under way, or cannot be written.
         """
         self.refuse_run()
         try:
             # A numbered folder must be new: another run may have taken it since.
             self.path.mkdir(parents=True, exist_ok=not self.numbered)
+            self.hold()
+            self.refuse_run()
+            begun = (self.path / METRICS).exists()
             (self.path / METRICS).touch()
+            if begun:
+                # What a run that ended in its first rollout has left is none of this one's.
+                self.cut({METRICS: 0})
         except OSError as error:
             raise self.unwritable(error.strerror) from error
 
@@ -102,8 +113,9 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write the file ``name``; a crash leaves the old one or the new one."""
         made = self.path / f".{name}.new"
-        made.write_text(text, encoding="utf-8")
-        made.replace(self.path / name)
+        with self.writing(name):
+            made.write_text(text, encoding="utf-8")
+            made.replace(self.path / name)
 
     def positions(self) -> dict[str, int]:
         """How long each file of lines is, once it is on the disk."""
@@ -134,10 +146,23 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line of JSON to the file ``name``; a crash later leaves it whole."""
-        # Who calls a trainer's `step` from a loop of his own has begun no run.
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self.writing(name):
+            # Who calls a trainer's `step` from a loop of his own has begun no run.
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Raise UserError where the file ``name`` cannot be written in the block."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name} cannot be written ({error.strerror}); make room on the disk "
+                "of this folder, then go on from the last checkpoint, or start again"
+            ) from error
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
         self.append(METRICS, record)
@@ -263,68 +288,3 @@ def step_metrics(
             experience.values, experience.returns, mask
         )
     return line
-
-
-class PhaseMemory:
-    """The most bytes that each phase has held so far, `peaks`; empty where no system tells.
-
-    On a GPU: tensors, as torch's allocator counts them. On a CPU: the process's resident size
-    beyond what it was when this was made, imports and all; Linux only. The system's own high-water
-    mark is reset at the start of each phase, so `highest` keeps that of the whole process.
-    """
-
-    def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_available()
-        self.start = 0 if self.on_gpu else status_bytes("VmRSS")
-        self.highest = 0
-        self.peaks: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        resettable = self.restart()
-        try:
-            yield
-        finally:
-            if resettable:
-                peak = torch.cuda.max_memory_allocated() if self.on_gpu else status_bytes("VmHWM")
-                self.peaks[phase] = max(self.peaks.get(phase, 0), peak - self.start)
-
-    def restart(self) -> bool:
-        """Forget the high-water mark, but for `highest`; False where it cannot be forgotten."""
-        self.highest = max(self.highest, resident_peak())
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            return True
-        # What malloc keeps from the phase before would pass for this one's.
-        return_freed_memory()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    def peak_mb(self) -> float:
-        """The most memory that this process has had resident, in MiB."""
-        self.highest = max(self.highest, resident_peak())
-        return self.highest / 2**20
-
-
-def status_bytes(field: str) -> int:
-    """What Linux says of this process's memory (VmRSS, VmHWM); 0 elsewhere."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def resident_peak() -> int:
-    """The most bytes that this process has had resident since the mark was last reset."""
-    if peak := status_bytes("VmHWM"):
-        return peak
-    import resource
-
-    # macOS counts bytes; other systems without /proc count KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

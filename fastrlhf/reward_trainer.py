@@ -133,9 +133,9 @@ class RewardTrainer:
                 best weights so far were saved.
         """
         config = self.config
-        self.folder.make()
-        self.folder.write_text("config.yaml", config.to_yaml())
-        with self.display:
+        with self.folder.lock, self.display:
+            self.folder.make()
+            self.folder.write_text("config.yaml", config.to_yaml())
             with self.timer("trunk"):
                 self.make_states()
             if config.head_start:

@@ -86,14 +86,23 @@ class RunKeeper:
             chosen: True, a run's folder or a checkpoint's to go on; else a run begins.
 
         Raises:
-            UserError: a folder that holds a run, or none to go on with; no room on the disk.
+            UserError: a folder that holds a run, or none to go on with; one that is under way; no
+                room on the disk.
         """
+        try:
+            return self.opened(chosen)
+        except BaseException:
+            self.folder.lock.release()
+            raise
+
+    def opened(self, chosen: bool | str | Path | None) -> int:
         done = 0
         self.is_trained, self.moment = False, None
         if chosen:
             if chosen is not True:
                 self.folder.path = run_of(chosen)
             self.refuse_less()
+            self.folder.hold()
             resumed = resume(self.checkpoints, chosen, self.identity, self.display.say)
             done = self.saved = resumed.step
             self.name = resumed.facts.get("name", self.name)
@@ -191,4 +200,5 @@ class RunKeeper:
         waited = self.stop.signal is not None and self.saved == self.callbacks.state.global_step
         if error is not None and not waited:
             self.checkpoints.save_interrupted()
+        self.folder.lock.release()
         self.stop.__exit__()

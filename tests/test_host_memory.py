@@ -15,7 +15,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc's on
 KEPT = """
 import torch
 from fastrlhf.host_memory import map_large_blocks
-from fastrlhf.metrics import status_bytes
+from fastrlhf.phase_memory import status_bytes
 for _ in range(3):  # malloc adapts to blocks of this size
     del_me = torch.ones(2**20)
     del del_me
@@ -68,7 +68,7 @@ def test_who_pays_time_for_memory_pays_this_too():
 REPLACED = """
 import torch
 from fastrlhf.host_memory import map_large_blocks
-from fastrlhf.metrics import status_bytes
+from fastrlhf.phase_memory import status_bytes
 {first}
 start = status_bytes("VmRSS")
 small = []

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from fastrlhf.errors import UserError
-from fastrlhf.metrics import PhaseMemory, PhaseTimer, RunFolder
+from fastrlhf.metrics import PhaseTimer, RunFolder
+from fastrlhf.phase_memory import PhaseMemory
 
 
 def test_free_folders_are_numbered(tmp_path, monkeypatch):
@@ -32,9 +33,41 @@ def test_a_folder_without_a_step_may_be_used_again(tmp_path):
     RunFolder(str(tmp_path / "run"), "demo").make()
     folder = RunFolder(str(tmp_path / "run"), "demo")
     folder.make()
+    folder.lock.release()
     folder.write_metrics({"step": 1})
     with pytest.raises(UserError, match="already holds a run"):
         RunFolder(str(tmp_path / "run"), "demo").make()
+
+
+def test_what_a_run_left_in_its_first_rollout_is_no_other_runs(tmp_path):
+    """Its metrics are empty, so that the folder is free; its evaluation before training is not."""
+    (tmp_path / "run").mkdir()
+    for name in ("evaluations.jsonl", "findings.jsonl", "samples.jsonl", "adaptations.jsonl"):
+        (tmp_path / "run" / name).write_text('{"step": 0, "score": -123.0}\n')
+    (tmp_path / "run/notes.jsonl").write_text("{}\n")
+    # The user's own, under the names of a run's files: no run was here.
+    mine = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
+    folder = RunFolder(str(tmp_path / "run"), "demo")
+    folder.make()
+    folder.lock.release()
+    assert mine == {p.name: p.read_text() for p in folder.path.iterdir() if p.name in mine}
+    again = RunFolder(str(tmp_path / "run"), "demo")
+    again.make()
+    again.lock.release()
+    left = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
+    assert left == {"metrics.jsonl": "", "notes.jsonl": "{}\n"}
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"), "demo")
+    folder.make()
+    full = tmp_path / "run/findings.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"findings.jsonl cannot be written \(No space left.*room"):
+        folder.append("findings.jsonl", {"sign": "length"})
+    (tmp_path / "run/.given.json.new").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"given.json cannot be written"):
+        folder.write_text("given.json", "{}")
 
 
 def test_a_path_through_a_file_is_refused_at_once(tmp_path):
@@ -75,7 +108,7 @@ def test_phases_add_up():
 def test_peak_memory_is_that_of_its_process_and_in_megabytes():
     """In a process of its own, whose peak no earlier test has raised."""
     script = (
-        "from fastrlhf.metrics import PhaseMemory\n"
+        "from fastrlhf.phase_memory import PhaseMemory\n"
         "memory = PhaseMemory()\n"
         "before = memory.peak_mb()\n"
         "with memory('one'):\n"
