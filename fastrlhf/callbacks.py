@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import PPOConfig
@@ -25,6 +24,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from .metrics import RunFolder
 
 __all__ = ["Callbacks", "make_trackers"]
 
@@ -186,7 +187,7 @@ def is_exportable(callback: Any) -> bool:
     return isinstance(callback, ExportableState)
 
 
-def make_trackers(config: PPOConfig, folder: Path, name: str) -> list[TrainerCallback]:
+def make_trackers(config: PPOConfig, folder: RunFolder, name: str) -> list[TrainerCallback]:
     """The trackers that `config.report_to` names; nothing is imported yet.
 
     Raises:

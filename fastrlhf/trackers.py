@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from .metrics import RunFolder
 
 __all__ = ["TRACKERS", "Tracker"]
 
@@ -25,13 +27,13 @@ class Tracker(TrainerCallback):
     """Hands every figure of a run on, metrics under their own names, evaluations under `eval/`.
 
     Args:
-        folder: the run's; what a service writes to disk goes into it.
+        folder: the run's, as it is when the run begins; what a service writes to disk goes into it.
         name: of the run.
     """
 
     package: ClassVar[str]
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: RunFolder, name: str):
         self.folder, self.name = folder, name
 
     def open(self, settings: dict[str, Any], step: int) -> None:
@@ -76,7 +78,7 @@ class TensorBoard(Tracker):
 
         # A run that goes on writes again what it did after its checkpoint.
         again = step + 1 if step else None
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=again)
+        self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=again)
         lines = [f"    {key}: {value}" for key, value in settings.items()]
         self.writer.add_text("settings", "\n".join(lines), step)
 
@@ -91,7 +93,11 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A run of the project `fastrlhf` (or WANDB_PROJECT)."""
+    """A run of the project `fastrlhf` (or WANDB_PROJECT); gone on with, it is the same one.
+
+    Its id is kept in the run's folder. Figures that the service has of a step already it ignores:
+    they would be the same.
+    """
 
     package = "wandb"
 
@@ -101,9 +107,13 @@ class WeightsAndBiases(Tracker):
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", PROJECT)
+        folder, kept = self.folder.path, self.folder.path / "wandb_id"
+        known = kept.read_text() if step and kept.is_file() else None
         self.run = wandb.init(
-            project=project, name=self.name, dir=str(self.folder), config=settings
-        )
+            project=project, name=self.name, dir=str(folder), config=settings, id=known,
+            resume="allow",
+        )  # fmt: skip
+        self.folder.write_text(kept.name, self.run.id)
 
     def write(self, figures: dict[str, float], step: int) -> None:
         self.run.log(figures, step=step)

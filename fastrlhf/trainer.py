@@ -107,7 +107,7 @@ class PPOTrainer:
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
         self.folder.note_given(model, train_dataset, eval_dataset, reward_funcs)
-        trackers = make_trackers(config, self.folder.path, name)
+        trackers = make_trackers(config, self.folder, name)
         with self.timer("load"):
             reward = reward_funcs if reward_funcs is not None else config.reward
             self.reward = RewardScorer(reward, config)

@@ -2,14 +2,19 @@
 
 import importlib.machinery
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import signals
+import tiny
+from test_resume import make as resumable
 from test_trainer import FAST
 from test_trainer import trainer as make
 
 import fastrlhf.trackers as module
-from fastrlhf import PPOConfig, UserError
+from fastrlhf import MultiAgentTrainer, PPOConfig, UserError
 from fastrlhf.config import load_config
 
 
@@ -35,6 +40,7 @@ class Service(SimpleNamespace):
 
     def begin(self, **given):
         self.given = given
+        self.id = given.get("id") or "fresh"
         return self
 
     def log(self, figures, step):
@@ -55,6 +61,35 @@ def test_services_get_settings_metrics_and_evaluations(tmp_path, monkeypatch, na
     assert kinds == [(0, True), (1, False), (2, False), (2, True)]
     assert service.lines[1][1]["objective/kl"] == 0 and "step" not in service.lines[1][1]
     assert service.finished == 1
+
+
+@pytest.mark.parametrize("kind", ["one", "agents"])
+def test_a_run_that_goes_on_is_the_same_one_in_the_same_folder(tmp_path, monkeypatch, kind):
+    """Resumed from Python, with no folder in its settings."""
+    service = Service("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.chdir(tmp_path)
+
+    def made(**changes):
+        changes |= {"report_to": ["wandb"], "output_dir": None}
+        if kind == "one":
+            return resumable(tmp_path, save_steps=1, **changes)
+        tiny.folder(tmp_path / "model")
+        config = replace(signals.FAST, model="model", save_steps=1, total_episodes=32, **changes)
+        return MultiAgentTrainer(None, signals.Signals(), config)
+
+    made().train()
+    first = service.given
+    run = str(Path(first["dir"]))
+    assert first["id"] is None and Path(run, "wandb_id").read_text() == "fresh"
+    Path(run, "wandb_id").write_text("kept")
+    made().train(resume_from_checkpoint=run)
+    assert service.given["dir"] == run and len(list(Path("runs").iterdir())) == 1
+    assert service.given["id"] == "kept" and service.given["resume"] == "allow"
+    assert Path(run, "wandb_id").read_text() == "kept"
+    # Another run is another one.
+    made().train()
+    assert service.given["dir"] != run and service.given["id"] is None
 
 
 def test_what_was_not_measured_is_left_out():

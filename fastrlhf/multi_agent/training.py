@@ -91,7 +91,7 @@ class MultiAgentTrainer:
         self.timer = PhaseTimer(self.display.phase)
         self.folder = RunFolder(config.output_dir, name)
         self.folder.note_given(model, self.game.name, None, self.game.name)
-        trackers = make_trackers(config, self.folder.path, name)
+        trackers = make_trackers(config, self.folder, name)
         with self.timer("load"):
             source, tokenizer = find_model(model or config.model, processing_class, config)
             torch.manual_seed(config.seed)
