@@ -6,7 +6,6 @@ A check raises `SelfCheckError` where the identity is broken; the figures are me
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
@@ -22,7 +21,7 @@ RATIO_SLACK = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # How far sampling's log-probabilities may lie from scoring's: other shapes, other rounding. Of
 # logits: a temperature below 1 widens it.
 ROLLOUT_SLACK = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
-# The share of the tokens that it is for. In 16 bits one of thousands lies far off by rounding alone.
+# The share of the tokens it is for: in 16 bits one of thousands lies far off by rounding alone.
 ROLLOUT_SHARE = {torch.bfloat16: 0.99, torch.float16: 0.99}
 
 
@@ -80,19 +79,20 @@ def rollout_slack(dtype: torch.dtype, temperature: float) -> float:
 def check_first_minibatch(
     stats: LossStats,
     dtype: torch.dtype,
-    old_logprobs: Literal["scored", "sampled"] = "scored",
+    *,
+    alike: bool = True,
     temperature: float = 1.0,
 ) -> None:
     """Before the first optimizer step on a rollout the policy is the one that was scored.
 
     Args:
         dtype: of the model's weights.
-        old_logprobs: whether that was by the update's own microbatches, or by sampling.
+        alike: whether that was by the update's own microbatches, and not by sampling or by others.
         temperature: by which logits were divided.
     """
     ratio, clipfrac, approx_kl = float(stats.ratio), float(stats.clipfrac), float(stats.approx_kl)
-    if old_logprobs == "sampled":
-        check_sampled(ratio, approx_kl, rollout_slack(dtype, temperature))
+    if not alike:
+        check_rounded(ratio, approx_kl, rollout_slack(dtype, temperature))
         return
     # Errors that cancel in the mean ratio cannot in approx_kl: its terms are half their squares.
     slack = RATIO_SLACK.get(dtype, 1e-4)
@@ -104,8 +104,8 @@ def check_first_minibatch(
         )
 
 
-def check_sampled(ratio: float, approx_kl: float, slack: float) -> None:
-    """Where the old log-probabilities are those of sampling, they lie within its ``slack``.
+def check_rounded(ratio: float, approx_kl: float, slack: float) -> None:
+    """Where the old log-probabilities are another forward's, they lie within its ``slack``.
 
     A token whose log-ratio is s at most has a ratio of exp(s) at most, and as its part of approx_kl
     exp(s) - 1 - s; so have the means. A token may be clipped then: what was sampled in another
@@ -115,6 +115,6 @@ def check_sampled(ratio: float, approx_kl: float, slack: float) -> None:
     if not (abs(ratio - 1) <= most and approx_kl <= most - slack):
         raise SelfCheckError(
             f"the first minibatch has ratio {ratio:.6f} and approx_kl {approx_kl:.3g}, and "
-            f"old_logprobs: sampled allows 1 ± {most:.3g} and {most - slack:.3g}: sampling and "
-            "update compute different things; see whether old_logprobs: scored passes"
+            f"another forward's rounding allows 1 ± {most:.3g} and {most - slack:.3g}: sampling or "
+            "scoring and update compute different things; see whether old_logprobs: scored passes"
         )

@@ -138,6 +138,7 @@ class PPOTrainer:
         names = {p: name for name, p in self.backbone.named_parameters()}
         self.updater = Updater(self.optimizer, self.schedule, config, names)
         self.budget = MicrobatchBudget(config, self.display.say)
+        self.scored = self.budget.tokens  # those of a microbatch of the latest scoring
         self.generator = torch.Generator(self.backbone.device).manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.sampler = GroupSampler(
@@ -220,6 +221,7 @@ class PPOTrainer:
                 lambda layouts: score(self.backbone, rollout, layouts, config),
                 lambda: self.updater.can_repeat,
             )
+            self.scored = self.budget.tokens
             self.skipped.judged(scores)
             experience, known = experience.judged_by(scores)
             learnt = self.algorithm.advantages(known, experience, config, self.state)
@@ -227,11 +229,14 @@ class PPOTrainer:
             experience = experience.with_advantages(advantages, learnt.returns)
             spec = self.algorithm.spec(config, float(learnt.scale), self.state)
             checks = check_experience(
-                experience, rollout, untrained=number == 1, dtype=self.dtype, engine=config.engine
-            )
+                experience, rollout, dtype=self.dtype, engine=config.engine,
+                untrained=number == 1 and self.backbone.starts_as_reference,
+                temperature=config.temperature,
+            )  # fmt: skip
         with self.timer("update"), audited(self.backbone, config):
             checks["lr"] = float(self.schedule.get_last_lr()[0])
             losses = self.epochs(experience, minibatches, spec)
+            self.backbone.starts_as_reference = False
         line: dict[str, Any] = {"step": number, "episode": number * config.batch_size}
         line |= step_metrics(rollout, known, experience, losses, self.state.kl.coef)
         line |= self.state.metrics(config) | sampling | seen | checks
@@ -279,8 +284,12 @@ class PPOTrainer:
         def check(parts: list[MicrobatchLoss]) -> None:
             nonlocal steps
             if first:
+                # Smaller microbatches than scoring's are, like sampling, another forward.
+                alike = self.config.old_logprobs == "scored" and self.budget.tokens == self.scored
                 stats = MinibatchLoss.of(parts).policy.stats
-                check_first_minibatch(stats, self.dtype, self.config.old_logprobs)
+                check_first_minibatch(
+                    stats, self.dtype, alike=alike, temperature=self.config.temperature
+                )
             steps = True
 
         try:
@@ -330,15 +339,8 @@ class PPOTrainer:
     def finish(self, after: Evaluation, steps: int) -> Summary:
         """Draw the plot and sum the run up; writes summary.json too."""
         return summarize(
-            self.folder,
-            self.config,
-            after,
+            self.folder, self.config, after, steps=steps, seconds=self.keeper.seconds,
             title=f"{self.keeper.name}: {self.config.model}, reward {self.reward.name}",
-            steps=steps,
-            seconds=self.keeper.seconds,
-            timer=self.timer,
-            model_config=self.model_config,
-            prompt_length=self.train_prompts.longest,
-            device=self.backbone.device.type,
-            say=self.display.say,
-        )
+            timer=self.timer, model_config=self.model_config, say=self.display.say,
+            prompt_length=self.train_prompts.longest, device=self.backbone.device.type,
+        )  # fmt: skip
