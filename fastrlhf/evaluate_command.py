@@ -21,11 +21,11 @@ import torch
 
 from .backbone import SharedBackbone
 from .comparison import compare, mean_interval
-from .config import PPOConfig, load_config
-from .configs import CONFIGS
+from .config import PPOConfig
 from .data import PromptSet, load_rows
 from .errors import UserError
 from .evaluation import score_all
+from .kept_settings import run_config
 from .loading import load_backbone
 from .out_of_memory import MicrobatchBudget, sampled
 from .pretrained import Pretrained, context_length, find_pretrained
@@ -34,6 +34,7 @@ from .rewards.shaping import weighted_sum
 from .rollout.engines import make_engine
 from .run_files import is_run, read_given, refuse_other_runs
 from .run_policy import find_checkpoint, load_policy
+from .run_prompts import held_out_again
 from .text_figures import distinct
 
 __all__ = ["Asked", "evaluate_command"]
@@ -158,7 +159,7 @@ def settings(asked: Asked) -> PPOConfig:
         refuse_other_runs(Path(asked.policy))
         if asked.reference is not None:
             raise UserError("a run is compared with what it began from; leave --reference out")
-        return replace(run_settings(Path(asked.policy) / "config.yaml"), **changes)
+        return replace(run_config(Path(asked.policy)), **changes)
     if Path(asked.policy, "checkpoints").is_dir():
         raise UserError(f"{asked.policy} holds no metrics.jsonl: give a run's folder, or a model")
     if asked.checkpoint is not None:
@@ -167,21 +168,6 @@ def settings(asked: Asked) -> PPOConfig:
         if not given:
             raise UserError(f"a model says nothing of its {name}; give --{name}")
     return PPOConfig(model=asked.policy, **changes)
-
-
-def run_settings(path: Path) -> PPOConfig:
-    """A run's settings as they are in its folder."""
-    if not path.is_file():
-        raise UserError(f"the run has no {path}; give another run")
-    refused: UserError | None = None
-    for kind in CONFIGS.values():
-        try:
-            return load_config(str(path), (), kind)
-        except UserError as error:
-            # The algorithm of another verb does not fit; the first reason is the one to tell.
-            refused = refused or error
-    assert refused is not None
-    raise refused
 
 
 def chosen_prompts(
@@ -200,8 +186,8 @@ def chosen_prompts(
     own = own and given.get("eval_dataset") is None and given.get("train_dataset") is not True
     if own:
         # As they were split for training, whatever --seed is now.
-        trained = run_settings(Path(asked.policy) / "config.yaml")
-        prompts = prompts.split(trained.eval_prompts, trained.seed)[1]
+        trained = replace(run_config(Path(asked.policy)), dataset=config.dataset)
+        prompts = held_out_again(Path(asked.policy), prompts, trained, say)
     if asked.prompts is None:
         return prompts
     if asked.prompts > len(prompts):
@@ -268,6 +254,8 @@ def answers(
         parts = zip(scorer.names, table.T, strict=True) if table.shape[1] > 1 else ()
         columns |= {f"{name}: {part}": column for part, column in parts}
     scores = {k: [None if math.isnan(x) else x for x in v.tolist()] for k, v in columns.items()}
+    # The KL is exact where training itself took the sampler's word, and measured none.
+    config = replace(config, old_logprobs="scored")
     experience = score_all(backbone, rollout, config, MicrobatchBudget(config))
     mask = experience.response_mask
     spent = None if experience.kl is None else (experience.kl * mask).sum(-1).tolist()

@@ -8,6 +8,7 @@ that is said. The folder appears only when all of it is written.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -19,10 +20,9 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from .checkpoint import ADAPTER, OWN, in_place
-from .config import PPOConfig, from_mapping
-from .configs import kind_of_run
+from .config import PPOConfig
 from .errors import UserError
-from .kept_settings import parse
+from .kept_settings import run_config
 from .multi_agent.config import MultiAgentConfig
 from .pretrained import find_pretrained
 from .run_checkpoints import numbered
@@ -42,11 +42,12 @@ def export_run(run: Path, output: Path, checkpoint: str | None = None) -> Path:
     Raises:
         UserError: no run, no such checkpoint, a model that has no name, or a folder that is there.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} holds no run (no config.yaml); give the folder of one")
-    if output.exists() and any(output.iterdir()):
+    config = with_given_model(run, run_config(run))
+    if (output.is_dir() and any(output.iterdir())) or output.is_file():
         raise UserError(f"{output} is there already; give another --output")
-    config = with_given_model(run, config_of(run))
+    above = next(path for path in output.absolute().parents if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{above} is not a folder that you may write to; give another --output")
     folder = chosen(run / "checkpoints", checkpoint, isinstance(config, MultiAgentConfig))
     if (folder / MANIFEST).exists():
         read_whole(folder)
@@ -80,12 +81,6 @@ NOT_THE_MODEL = (
     MANIFEST, "state.json", "optimizer.safetensors", "config.yaml", "value_head.safetensors",
     "reward_head.safetensors", "mode_policy.safetensors",
 )  # fmt: skip
-
-
-def config_of(run: Path) -> PPOConfig:
-    path = run / "config.yaml"
-    settings = parse(path.read_text(encoding="utf-8"), str(path))
-    return from_mapping(settings, kind_of_run(settings))
 
 
 def with_given_model(run: Path, config: PPOConfig) -> PPOConfig:

@@ -14,9 +14,11 @@ from typing import Any
 import yaml
 
 from .config import PPOConfig, from_mapping, read_value
+from .configs import kind_of_run
 from .errors import UserError
+from .run_files import refuse_reward_run
 
-__all__ = ["CHECKPOINT", "check_settings_kept", "parse", "resume_config", "run_of"]
+__all__ = ["CHECKPOINT", "check_settings_kept", "parse", "resume_config", "run_config", "run_of"]
 
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 
@@ -45,15 +47,30 @@ def resume_config(
         UserError: no run there, or settings that would make it another run.
     """
     run = run_of(chosen)
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} holds no run (no config.yaml); give the folder of one")
-    settings = parse(path.read_text(encoding="utf-8"), str(path))
+    settings = settings_of(run)
     kept = from_mapping(settings, kind)
     given = {key: read_value(key, value) for key, value in overrides}
     config = from_mapping({**settings, **given, "output_dir": str(run)}, kind)
     check_settings_kept(f"the run in {run}", kept, config)
     return config
+
+
+def run_config(run: Path) -> PPOConfig:
+    """The configuration in a run's folder, whichever trainer wrote it.
+
+    Raises:
+        UserError: no run there, or that of a reward model.
+    """
+    settings = settings_of(run)
+    return from_mapping(settings, kind_of_run(settings))
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} holds no run (no config.yaml); give the folder of one")
+    refuse_reward_run(run)
+    return parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "read_json_lines",
     "read_run",
     "refuse_other_runs",
+    "refuse_reward_run",
 ]
 
 METRICS = "metrics.jsonl"

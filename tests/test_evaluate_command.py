@@ -180,6 +180,41 @@ def test_a_run_that_was_given_its_parts_from_python(run, folder):
     assert status == 0 and json.loads(out)["prompts"] == 64
 
 
+def test_the_kl_of_a_run_that_took_the_samplers_word(run, folder, capsys):
+    """Training measured none; what its policy has spent is exact all the same."""
+    changes = ["num_generations=4", "old_logprobs=sampled", "output_dir=sampled"]
+    assert main(["grpo", *COMMON, *changes, "kl_coef=0", "total_episodes=32"]) == 0
+    capsys.readouterr()
+    status, out, err = run("sampled", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["kl"]["value"] > 0 and len(report["samples"]) == 24
+
+
+def test_a_run_is_judged_on_what_it_held_out_though_the_data_has_changed(run, folder):
+    data = folder / "prompts.jsonl"
+    before = data.read_text()
+    kept = [json.loads(x) for x in (folder / "lora/samples.jsonl").read_text().splitlines()]
+    held_out = [line["prompt"] for line in kept if line["step"] == 0]
+    _, same, err = run("lora", "--json")
+    assert "has changed" not in err
+    data.write_text('{"prompt": "zz"}\n' + before)
+    status, out, err = run("lora", "--json")
+    assert status == 0 and "prompts.jsonl has changed since the run; its own" in err
+    assert [x["prompt"] for x in json.loads(out)["samples"]] == held_out
+    assert json.loads(out) == json.loads(same)
+    # Nothing is left to train on, but what was held out is there.
+    data.write_text("\n".join(json.dumps({"prompt": text}) for text in held_out))
+    status, out, _ = run("lora", "--json")
+    assert status == 0 and json.loads(out) == json.loads(same)
+    others = [x for x in before.split("\n") if json.loads(x)["prompt"] not in held_out[:2]]
+    data.write_text("\n".join(others))
+    status, out, err = run("lora", "--json")
+    data.write_text(before)
+    assert status == 2 and out == ""
+    assert "2 of the 24 prompts that it held out are gone; give --dataset" in err
+
+
 def test_names_given_from_python_take_the_place_of_settings(run, folder):
     assert set(json.loads((folder / "top/given.json").read_text()).values()) == {None}
     (folder / "held.jsonl").write_text('{"prompt": "q"}\n{"prompt": "r"}')

@@ -79,7 +79,11 @@ def test_what_cannot_be_exported(tmp_path):
     tiny.folder(tmp_path / "taken")
     with pytest.raises(UserError, match="there already"):
         export_run(tmp_path / "run", tmp_path / "taken")
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/out"):
+        with pytest.raises(UserError, match="give another --output"):
+            export_run(tmp_path / "run", tmp_path / name)
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_agent_is_exported_by_its_name(tmp_path, capsys):

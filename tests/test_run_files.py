@@ -51,3 +51,6 @@ def test_the_run_of_a_reward_model_is_told_from_others(tmp_path, capsys):
     for verb in ("report", "eval", "plot"):
         assert main([verb, str(folder)]) == 2
         assert "trained a reward model" in capsys.readouterr().err
+    for words in (["export", str(folder), "--output", "x"], ["ppo", "--resume", str(folder)]):
+        assert main(words) == 2
+        assert "trained a reward model" in capsys.readouterr().err
