@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -44,11 +45,15 @@ from .plot import can_plot
 from .pretrained import Pretrained, find_pretrained
 from .rewards.functions import RewardScorer
 from .roles import POLICY_ADAPTER
+from .run_files import is_run
 from .run_policy import find_checkpoint, load_policy
+from .run_prompts import told_prompts
 from .text_figures import distinct
 from .trainers import TRAINERS
 
 __all__ = ["Front", "Point", "dominated", "pareto_front"]
+
+POINT = re.compile("[0-9.]+-[0-9.]+")  # a folder in points/, by its weights
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def pareto_front(
         labels: what the picture calls the rewards. None: as they are given.
 
     Raises:
-        UserError: whatever can be known to fail before training; runs of other settings there.
+        UserError: whatever can be known to fail before training; a front of other rewards there,
+            or runs of other settings or prompts.
     """
     started = time.perf_counter()
     if not all(isinstance(reward, str) for reward in rewards):
@@ -104,10 +110,13 @@ def pareto_front(
     output = Path(output)
     runs = list(zip(rewards, folders(rewards, output), strict=True))
     configs = [replace(config, reward=reward, output_dir=str(path)) for reward, path in runs]
+    check_output(output, rewards)
     for ours in configs:
         check_kept(ours)
     scorers = {reward: RewardScorer(reward, config) for reward in rewards}
     source, prompts = held_out(config, scorers)
+    for _, path in runs:
+        check_prompts(path, prompts)
     for ours in configs:
         train(ours)
     say(f"{points + 1} policies answer {len(prompts)} prompts")
@@ -160,6 +169,36 @@ def check_asked(config: PPOConfig, rewards: Sequence[str], points: int) -> None:
         if getattr(config, name) is not None:
             why = "begins at the base" if name == "adapter" else "has one reward a training"
             raise UserError(f"a front {why}, so that {name} says nothing; leave {name} out")
+
+
+def check_output(output: Path, rewards: Sequence[str]) -> None:
+    """Raise UserError where the folder holds something else than the front of ``rewards``."""
+    if is_run(output):
+        raise UserError(
+            f"{output} holds a run, whose files a front would take; give another --output"
+        )
+    if not (path := output / "pareto.json").is_file():
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["rewards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no front; remove it, or give another --output") from error
+    if kept != list(rewards):
+        raise UserError(
+            f"{output} holds the front between {' and '.join(kept)}; give another --output"
+        )
+
+
+def check_prompts(run: Path, prompts: PromptSet) -> None:
+    """Raise UserError where the run in the folder has held out others: it has seen some of these.
+
+    Nothing is said of a folder without a run.
+    """
+    if (told := told_prompts(run)) and told != list(prompts.texts):
+        raise UserError(
+            f"the data set has changed since the run in {run}, which held out other prompts; give "
+            "it as it was, or another --output"
+        )
 
 
 def folders(rewards: Sequence[str], output: Path) -> list[Path]:
@@ -262,7 +301,13 @@ def point(
 def keep(front: Front, prompts: PromptSet, told: Sequence[Answers], labels: Sequence[str]) -> None:
     """Write the figures, the answers and the picture."""
     output = Path(front.output)
-    (output / "pareto.json").write_text(json.dumps(asdict(front), indent=1) + "\n")
+    text = json.dumps(asdict(front), indent=1) + "\n"
+    RunFolder(front.output, "pareto").write_text("pareto.json", text)
+    # Those of other --points are on no front any more.
+    made = {Path(str(point.adapter)).name for point in front.points}
+    for folder in (output / "points").iterdir():
+        if POINT.fullmatch(folder.name) and folder.name not in made:
+            shutil.rmtree(folder)
     with (output / "samples.jsonl").open("w", encoding="utf-8") as file:
         for where, answer in zip([front.base, *front.points], told, strict=True):
             for i, prompt in enumerate(prompts.texts):

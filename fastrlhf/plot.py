@@ -48,6 +48,8 @@ def save_plot(folders: Sequence[str | Path], output: Path, title: str | None = N
         raise UserError("a plot needs matplotlib; run: pip install matplotlib")
     runs = [read_run(folder) for folder in folders]
     try:
+        # What matplotlib would add in silence.
+        output = output if output.suffix else output.with_name(f"{output.name}.png")
         plot_runs(runs, output, title=title)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -132,6 +132,9 @@ def test_given_again_it_goes_on(run, folder):
         (["--rewards", *REWARDS, "kl_coff=1"], "did you mean 'kl_coef'"),
         (["--rewards", *REWARDS, *COMMON, "--output", "front", "lora_rank=8"],
          "the run in front/mine-py-letters cannot go on with another lora_rank (it is 4, not 8)"),
+        (["--rewards", "sentiment", REWARDS[1], "--output", "front"],
+         "front holds the front between mine.py:letters and mine.py:others; give another --output"),
+        (["--rewards", *REWARDS, *COMMON, "--output", "front/mine-py-letters"], "holds a run"),
         (["--rewards", *REWARDS, *COMMON, "--output", "front", "model=other"],
          "cannot go on with another model"),
     ],
@@ -143,6 +146,24 @@ def test_bad_input_is_one_sentence(run, folder, words, message):
     (error,) = [line for line in err.splitlines() if line.startswith("fastrlhf: error:")]
     assert message in error and "Traceback" not in err
     assert sorted(folder.rglob("*")) == before
+
+
+def test_other_points_leave_none_of_before(run, folder):
+    shutil.copytree(folder / "front", folder / "fewer")
+    for name in ("letters", "others"):
+        path = folder / f"fewer/mine-py-{name}/config.yaml"
+        path.write_text(path.read_text().replace("front/", "fewer/"))
+    (folder / "fewer/points/mine").mkdir()
+    words = [*ASKED[:-1], "fewer", "--points", "2"]
+    assert run(*words)[0] == 0
+    assert {p.name for p in (folder / "fewer/points").iterdir()} == {"1-0", "0-1", "mine"}
+    # A front of other prompts than those that the trainings held out would be no front.
+    prompts = folder / "prompts.jsonl"
+    before = prompts.read_text()
+    prompts.write_text(before + '\n{"prompt": "zz"}')
+    status, out, err = run(*words)
+    prompts.write_text(before)
+    assert status == 2 and out == "" and "the data set has changed since the run in fewer/" in err
 
 
 def test_other_numbers_of_rewards(run, capsys):

@@ -83,6 +83,10 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     assert main(["plot", "a", "b"]) == 0
     assert capsys.readouterr().out.split() == ["a/plot.png", "comparison.png"]
     assert main(["plot", "a", "--output", "x.svg"]) == 0 and (tmp_path / "x.svg").exists()
+    capsys.readouterr()
+    # Its name is the one that is printed.
+    assert main(["plot", "a", "--output", "pic"]) == 0
+    assert capsys.readouterr().out.strip() == "pic.png" and (tmp_path / "pic.png").exists()
 
 
 @pytest.mark.parametrize(
