@@ -191,6 +191,13 @@ def test_the_runs_folder(tmp_path):
     assert len(shares) == 4
 
 
+def test_the_round_that_ends_a_run_is_evaluated_once(tmp_path):
+    made = trainer(tmp_path, eval_steps=2, kl_limit=1e-9)
+    made.train()
+    steps = [line["step"] for line in lines(tmp_path, "evaluations.jsonl")]
+    assert steps == [0, 2] and len(lines(tmp_path)) == 2
+
+
 def test_a_resumed_run_gives_the_same_numbers(tmp_path):
     settings = dict(save_steps=2, total_episodes=16 * 6)
     whole = trainer(tmp_path / "a", **settings)

@@ -193,7 +193,9 @@ class MultiAgentTrainer:
                 self.callbacks("on_step_end")
                 self.callbacks("on_log", logs=line)
                 asked = self.callbacks.control.should_evaluate
-                if asked or (every and number % every == 0 and number < config.steps):
+                due = asked or (every and number % every == 0)
+                # The last round is evaluated when training has ended.
+                if due and not self.ends(line) and number < config.steps:
                     self.evaluate(f"after round {number}", number)
                 if number % config.snapshot_steps == 0:
                     self.pool.keep(number)
