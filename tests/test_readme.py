@@ -1,9 +1,12 @@
 """The pages' tables are those that the results make."""
 
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+
+from fastrlhf import PPOConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +29,12 @@ def test_tables_are_generated(page, module, tables, monkeypatch):
     text = (ROOT / page).read_text()
     made = results.with_tables(text, getattr(importlib.import_module(module), tables))
     assert made == text, "run python bench/results.py"
+
+
+def test_the_files_of_every_setting_are_named():
+    text = (ROOT / "README.md").read_text()
+    for kind in PPOConfig.__mro__[:-1]:
+        assert f"(fastrlhf/{Path(inspect.getfile(kind)).name})" in text
 
 
 def test_every_linked_file_exists():
