@@ -3,6 +3,7 @@
 #include "few_rows.h"
 
 #include <algorithm>
+#include <cstring>
 
 #if defined(FASTRLHF_AVX512_BF16)
 
@@ -26,20 +27,31 @@ void pack(const FewRows& work, std::int64_t width, std::int64_t first, std::int6
         work.packed[i * width + row] = row < work.rows ? work.left[row * work.depth + i] : 0.0f;
 }
 
+inline void raise(const float* from, std::int64_t count, float* to) {
+  std::copy(from, from + count, to);
+}
+
+// A bfloat16 is the upper half of a float32.
+inline void raise(const std::uint16_t* from, std::int64_t count, float* to) {
+  std::uint32_t bits[kDepth];
+  for (std::int64_t i = 0; i < count; ++i) bits[i] = static_cast<std::uint32_t>(from[i]) << 16;
+  std::memcpy(to, bits, count * sizeof(float));
+}
+
 // total[j][row] += packed[k][row] * right[first + j][k], over all k < depth
-template <int kVectors, int kColumns>
-FASTRLHF_AVX512 void add_products(const float* packed, const float* right, std::int64_t depth,
+template <int kVectors, int kColumns, typename Number>
+FASTRLHF_AVX512 void add_products(const float* packed, const Number* right, std::int64_t depth,
                                   std::int64_t first, std::int64_t count,
                                   float (&total)[kColumns][kVectors * 16]) {
   constexpr int kWidth = kVectors * 16;
-  const float* rows[kColumns];
+  const Number* rows[kColumns];
   for (int j = 0; j < kColumns; ++j)
     rows[j] = right + (first + std::min<std::int64_t>(j, count - 1)) * depth;
   // Rows that are a multiple of 2 KiB apart would push each other out of the cache.
   alignas(64) float panel[kColumns][kDepth + kLine];
   for (std::int64_t start = 0; start < depth; start += kDepth) {
     const std::int64_t stop = std::min(depth, start + kDepth);
-    for (int j = 0; j < kColumns; ++j) std::copy(rows[j] + start, rows[j] + stop, panel[j]);
+    for (int j = 0; j < kColumns; ++j) raise(rows[j] + start, stop - start, panel[j]);
     // What is read next: the same rows further on, or the next tile. Past the end it does nothing.
     const std::int64_t next = stop < depth ? stop : kColumns * depth;
     __m512 sum[kColumns][kVectors];
@@ -90,7 +102,12 @@ template <int kVectors, int kColumns>
 void tile(const FewRows& work, std::int64_t first) {
   const std::int64_t count = std::min<std::int64_t>(kColumns, work.columns - first);
   alignas(64) float total[kColumns][kVectors * 16] = {};
-  add_products<kVectors>(work.packed, work.right, work.depth, first, count, total);
+  if (work.half)
+    add_products<kVectors>(work.packed, static_cast<const std::uint16_t*>(work.right), work.depth,
+                           first, count, total);
+  else
+    add_products<kVectors>(work.packed, static_cast<const float*>(work.right), work.depth, first,
+                           count, total);
   if (work.rank) add_products<kVectors>(work.low, work.up, work.rank, first, count, total);
   for (std::int64_t row = 0; row < work.rows; ++row) {
     float* out = work.out + row * work.columns + first;

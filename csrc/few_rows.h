@@ -1,4 +1,4 @@
-// Products of a few rows with a large float32 matrix that lies as it is, as in a decoding step.
+// Products of a few rows with a large matrix that lies as it is, as in a decoding step.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,10 @@ namespace fastrlhf {
 // where it is not null, plus an adapter: scale times (left times down[rank, depth] transposed) times
 // up[columns, rank] transposed; rank 0: none. All rows are adjacent; at most kMostRows of `left`.
 struct FewRows {
-  const float *left, *right, *bias;
+  const float* left;
+  const void* right;  // float32, or bfloat16 where `half` says so
+  bool half;
+  const float* bias;
   float* out;
   std::int64_t rows, columns, depth;
   const float *down, *up;

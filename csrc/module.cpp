@@ -100,10 +100,10 @@ void bfloat16_product(Address left, Address right, Address out, std::int64_t row
                               at<std::uint16_t>(packed), threads});
 }
 
-void few_rows_linear(Address left, Address right, Address bias, Address out, std::int64_t rows,
-                     std::int64_t columns, std::int64_t depth, Address down, Address up,
-                     std::int64_t rank, float scale, Address packed, Address low, int threads) {
-  fastrlhf::few_rows_product({at<const float>(left), at<const float>(right),
+void few_rows(Address left, Address right, bool half, Address bias, Address out, std::int64_t rows,
+              std::int64_t columns, std::int64_t depth, Address down, Address up, std::int64_t rank,
+              float scale, Address packed, Address low, int threads) {
+  fastrlhf::few_rows_product({at<const float>(left), at<const void>(right), half,
                               at<const float>(bias), at<float>(out), rows, columns, depth,
                               at<const float>(down), at<const float>(up), rank, scale,
                               at<float>(packed), at<float>(low), threads});
@@ -179,7 +179,7 @@ NB_MODULE(_csrc, module) {
   module.attr("LANES") = fastrlhf::kLanes;
   module.attr("MOST_ROWS") = fastrlhf::kMostRows;
   module.def("has_few_rows", &fastrlhf::has_few_rows);
-  module.def("few_rows_linear", &few_rows_linear, release);
+  module.def("few_rows", &few_rows, release);
   module.def("sample", &sample, release);
   module.def("adamw_step", &adamw_step, release);
   module.def("gae", &gae, release);

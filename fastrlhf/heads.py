@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrlhf_kernels.few_rows import few_rows_linear
+from fastrlhf_kernels.few_rows import few_rows_linear, fits_few_rows
 
 from .logit_scale import declared_scale, declared_softcap, refuse_other_logits
 
@@ -59,7 +59,7 @@ class LanguageModelHead:
         They carry no gradient: what trains goes through the fused ops.
         """
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
-        if self.weight.dtype == rows.dtype:
+        if self.weight.dtype == rows.dtype or fits_few_rows(rows, self.weight):
             logits = few_rows_linear(rows, self.weight)
         else:
             logits = rows.new_empty(rows.shape[0], self.weight.shape[0])

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from fastrlhf_kernels import _cpu
-from fastrlhf_kernels.few_rows import LEAST_DEPTH, LEAST_ROWS, few_rows_linear, few_rows_lora
+from fastrlhf_kernels.few_rows import (
+    LEAST_DEPTH,
+    LEAST_ROWS,
+    few_rows_linear,
+    few_rows_lora,
+    fits_few_rows,
+)
 
 needs_kernel = pytest.mark.skipif(
     not _cpu.multiplies_few_rows(torch.zeros(1, 1), torch.zeros(1, 1)),
@@ -164,6 +170,20 @@ def test_leading_dimensions_and_strides():
     assert torch.equal(few_rows_linear(columns, right, bias), cube.view(24, 51))
     turned = right.t().contiguous().t()
     assert_as_exact_as_torch(few_rows_linear(left, turned, bias), left, turned, bias)
+
+
+@needs_kernel
+@pytest.mark.parametrize("columns", [1, 5, 30, 101])
+@pytest.mark.parametrize("rows", [12, 16, 17, 33, 64])
+def test_a_weight_in_bfloat16_is_not_rounded_further(rows, columns):
+    for depth in (64, 129, 576):
+        left, right, bias = problem(rows, depth, columns)
+        low = right.bfloat16()
+        assert fits_few_rows(left, low)
+        ours = few_rows_linear(left, low, bias)
+        assert_as_exact_as_torch(ours, left, low.float(), bias)
+        # The same products of the same numbers, in the same order.
+        assert torch.equal(ours, few_rows_linear(left, low.float(), bias))
 
 
 def test_other_types_are_torchs():

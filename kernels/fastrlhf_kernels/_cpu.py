@@ -96,11 +96,12 @@ def bfloat16_product(left: Tensor, right: Tensor, out: Tensor, packed: Tensor) -
 def multiplies_few_rows(left: Tensor, right: Tensor) -> bool:
     """Whether `few_rows_product` takes these operands on this machine."""
     # A compiled module may be older than this file: what is only faster is not missed.
-    if not hasattr(_csrc, "few_rows_linear") or not left.dtype == right.dtype == torch.float32:
+    if not hasattr(_csrc, "few_rows"):
         return False
+    wide = left.dtype == torch.float32 and right.dtype in (torch.float32, torch.bfloat16)
     on_cpu = left.device.type == right.device.type == "cpu"
     fits = 0 < left.shape[0] <= _csrc.MOST_ROWS and right.is_contiguous() and left.shape[1] > 0
-    return on_cpu and fits and bool(_csrc.has_few_rows())
+    return wide and on_cpu and fits and bool(_csrc.has_few_rows())
 
 
 class LowRank(NamedTuple):
@@ -114,21 +115,22 @@ class LowRank(NamedTuple):
 def few_rows_product(
     left: Tensor, right: Tensor, bias: Tensor | None, adapter: LowRank | None = None
 ) -> Tensor:
-    """`F.linear(left, right, bias)` in float32, summed in another order, plus an adapter's share.
+    """`F.linear(left, right.float(), bias)`, summed in another order, plus an adapter's share.
 
-    left [n, d] with n ≤ 64, right [t, d], bias [t] -> [n, t]; `right` is read where it lies.
+    left [n, d] float32 with n ≤ 64, right [t, d] float32 or bfloat16, bias [t] -> [n, t]; `right`
+    is read where it lies.
     """
     (rows, depth), columns = left.shape, right.shape[0]
     left = left.contiguous()  # a copy that lives until the kernel has read it
     down, up, scale = adapter or (None, None, 0.0)
     rank = 0 if down is None else down.shape[0]
-    out = torch.empty(rows, columns, device="cpu")
+    out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
     lanes = -(-rows // _csrc.LANES) * _csrc.LANES
     # torch's memory starts at multiples of 64 bytes, which the kernel's loads need.
-    packed = torch.empty(depth + rank, lanes, device="cpu")
-    _csrc.few_rows_linear(
+    packed = torch.empty(depth + rank, lanes, dtype=torch.float32, device="cpu")
+    _csrc.few_rows(
         _pointer(left, torch.float32, (rows, depth)),
-        _pointer(right, torch.float32, (columns, depth)),
+        _pointer(right, right.dtype, (columns, depth)), right.dtype == torch.bfloat16,
         _pointer(bias, torch.float32, (columns,)), out.data_ptr(), rows, columns, depth,
         _pointer(down, torch.float32, (rank, depth)), _pointer(up, torch.float32, (columns, rank)),
         rank, scale, packed.data_ptr(), packed[depth:].data_ptr(),
