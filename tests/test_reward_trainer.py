@@ -107,6 +107,7 @@ def test_only_the_reward_role_trains(base, tmp_path):
     made = trainer(base, tmp_path)
     before = {n: p.detach().clone() for n, p in made.backbone.named_parameters()}
     made.train()
+    assert not (tmp_path / "run/.lock").exists(), "a run that has ended holds its folder"
     changed = {n for n, p in made.backbone.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(".reward." in n or n.startswith("reward_head") for n in changed)
 
