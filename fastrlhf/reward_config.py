@@ -83,7 +83,8 @@ class RewardConfig:
     """Recompute the trained layers' activations in the backward."""
 
     eval_rows: int | None = None
-    """Pairs (or rated texts) held out of training. None: a fifth. Unused with an eval_dataset."""
+    """Pairs (or rated texts) held out of training; fewer where pairs that share texts stay
+    together. None: a fifth. Unused with an eval_dataset."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations. None: once an epoch."""
     early_stopping_patience: int | None = 2
